@@ -1,0 +1,3 @@
+"""How weights become task-specific. Importing registers the adapters."""
+
+from polytask.adapters import mtlora as _mtlora  # noqa: F401

@@ -1,0 +1,263 @@
+"""MTLoRA: task-agnostic and task-specific low-rank branches on a frozen transformer.
+
+Agiza, Neseem, Reda: "MTLoRA: A Low-Rank Adaptation Approach for Efficient Multi-Task Learning", CVPR 2024.
+Every linear layer W of every block gets a task-agnostic branch; in the last block of each stage ``proj``,
+``fc1`` and ``fc2`` also get one branch per task. W acts on the shared stream only, so the stream of task t
+leaves a layer as ``W x_shared + s_t B_t A_t x_t``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polytask.adapters.base import Adapter, Mergeable
+from polytask.backbones.streams import LinearMap, StreamPlan, Streams
+from polytask.backbones.timm import Backbone, is_narrow
+from polytask.config import register
+from polytask.errors import ConfigError, UnsupportedBackboneError, did_you_mean
+from polytask.types import PerTask, Site
+
+Mode = Literal["matrix", "matrixv2", "addition", "lora_only"]
+Role = Literal["qkv", "proj", "fc1", "fc2", "reduction"]
+Ranks = int | tuple[int, ...]
+Scales = float | tuple[float, ...]
+
+
+@register("adapter")
+class MTLoRA(Adapter):
+    """Settings of MTLoRA. Per-stage values are one number or one per stage.
+
+    ``scale`` is a plain multiplier of the branch (no division by the rank). MTLoRA+ is
+    ``layers: [qkv, proj, fc1, fc2, reduction]``: the patch-merging map then gets a branch, and freezes.
+    """
+
+    type: Literal["mtlora"] = "mtlora"
+    rank: Ranks = Field(default=64, description="rank of the task-agnostic branches; 0 for none")
+    task_rank: Ranks | dict[str, Ranks] = Field(default=4, description="rank of the task branches")
+    scale: Scales = Field(default=4.0, description="multiplier of the task-agnostic branches")
+    task_scale: Scales | dict[str, Scales] | None = Field(default=None, description="default: `scale`")
+    dropout: float = Field(default=0.05, ge=0.0, lt=1.0, description="on the input of the branches")
+    mode: Mode = Field(default="matrix", description="how a task's stream combines with the shared branch")
+    layers: tuple[Role, ...] = ("qkv", "proj", "fc1", "fc2")
+    train: tuple[str, ...] = Field(
+        default=("patch_embed", "norm", "relative_position_bias_table", "downsample.reduction"),
+        description="parts of the frozen network that train nevertheless, matched in parameter names",
+    )
+    train_biases: bool = False
+
+    @field_validator("rank", "task_rank")
+    @classmethod
+    def _not_negative(cls, value: Any) -> Any:
+        for ranks in value.values() if isinstance(value, dict) else (value,):
+            if any(r < 0 for r in ((ranks,) if isinstance(ranks, int) else ranks)):
+                raise ValueError(f"a rank is at least 0, got {value}")
+        return value
+
+    def plan(self, tasks: Sequence[str]) -> StreamPlan:
+        """A stream per task in the last block of each stage; none in ``lora_only``."""
+        self._check_names(tasks)
+        if self.mode == "lora_only" or not {"proj", "fc1", "fc2"} & set(self.layers):
+            return StreamPlan()
+        return StreamPlan("stage_end", tuple(tasks), all_or_none=self.mode == "addition")
+
+    def _check_names(self, tasks: Sequence[str]) -> None:
+        for field, setting in (("task_rank", self.task_rank), ("task_scale", self.task_scale)):
+            if isinstance(setting, dict):
+                for task in tasks:
+                    if task not in setting:
+                        raise ConfigError(f"no value for task {task!r}", where=f"model.adapter.{field}")
+                for name in set(setting) - set(tasks):
+                    hint = did_you_mean(name, tasks)
+                    raise ConfigError(f"{name!r} is not a task of this run", where=f"model.adapter.{field}", hint=hint)
+
+    def trains(self, name: str) -> bool:
+        """The official rule: named parts of the trunk train, everything else is frozen."""
+        if self.train_biases and "bias" in name:
+            return True
+        adapted = "reduction" in self.layers
+        return any(part in name for part in self.train if not (adapted and part == "downsample.reduction"))
+
+    def wrap(self, site: Site, layer: nn.Linear, plan: StreamPlan, backbone: Backbone) -> nn.Module | None:
+        """A ``TaskLinear``, with task branches at stage ends (``qkv`` never has any)."""
+        if site.role not in self.layers:
+            return None
+        stages = len(backbone.channels)
+        owns = site.is_stage_end and site.role != "qkv" and plan.fork == "stage_end"
+        rank = per_stage(self.rank, stages, "rank")[site.stage]
+        scale = per_stage(self.scale, stages, "scale")[site.stage]
+        ranks = self._of_tasks(self.task_rank, plan.tasks, stages, site.stage, "task_rank") if owns else {}
+        fallback = self.scale if self.task_scale is None else self.task_scale
+        scales = self._of_tasks(fallback, plan.tasks, stages, site.stage, "task_scale") if owns else {}
+        if not rank and not ranks:
+            return None
+        block = backbone.net.get_submodule(site.name.rsplit(".", 2)[0])
+        return TaskLinear(
+            layer,
+            Branches(rank, scale, ranks, scales, self.dropout, self.mode if owns else "matrix"),
+            backbone.streams,
+            narrow=owns and site.role == "proj" and is_narrow(block),
+            is_last=site.is_last and site.role == "fc2",
+        )
+
+    def _of_tasks(self, setting: Any, tasks: Sequence[str], stages: int, stage: int, field: str) -> dict[str, Any]:
+        def value(task: str) -> Any:
+            own = setting[task] if isinstance(setting, Mapping) else setting
+            return per_stage(own, stages, field)[stage]
+
+        return {task: value(task) for task in tasks}
+
+
+def per_stage(value: Any, stages: int, field: str) -> tuple[Any, ...]:
+    """One value per stage out of a scalar, a list of one or a list of all.
+
+    Raises:
+        ConfigError: a list of another length.
+    """
+    values = value if isinstance(value, tuple) else (value,)
+    if len(values) == 1:
+        return values * stages
+    if len(values) != stages:
+        raise ConfigError(
+            "one value, or one per stage", where=f"model.adapter.{field}", got=list(values), expected=f"{stages} values"
+        )
+    return values
+
+
+class Branches:
+    """Settings of one layer's branches."""
+
+    def __init__(
+        self, rank: int, scale: float, ranks: dict[str, int], scales: dict[str, float], dropout: float, mode: Mode
+    ) -> None:
+        self.rank, self.scale, self.ranks, self.scales = rank, scale, ranks, scales
+        self.dropout, self.mode = dropout, mode
+
+
+class LowRank(nn.Module):
+    """The factors of one branch, ``B A`` with A ``[rank, in]`` and B ``[out, rank]``; zero at the start."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.A = nn.Parameter(torch.empty(rank, layer.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank, **like))
+        bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
+        nn.init.uniform_(self.A, -bound, bound)
+
+
+class TaskLinear(LinearMap, Mergeable):
+    """A frozen linear layer with one shared low-rank branch and one per task (paper, eq. 3 to 5).
+
+    Args:
+        base: the layer to wrap; kept inside, frozen by the caller.
+        branches: ranks, scales, dropout and mode.
+        streams: the streams of the backbone the layer sits in.
+        narrow: the input holds the shared stream only and the output forks (all task inputs equal it).
+        is_last: nothing after this layer reads the shared stream, so that its branch may be skipped.
+    """
+
+    def __init__(self, base: nn.Linear, branches: Branches, streams: Streams, *, narrow: bool, is_last: bool) -> None:
+        super().__init__()
+        self.base, self.streams, self.narrow, self.is_last = base, streams, narrow, is_last
+        self.mode, self.scale, self.scales = branches.mode, branches.scale, branches.scales
+        has_shared = branches.rank > 0 and branches.mode != "addition"
+        self.shared = LowRank(base, branches.rank) if has_shared else None
+        self.tasks = PerTask({task: LowRank(base, rank) for task, rank in branches.ranks.items()})
+        self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
+        self.dropout = nn.Dropout(branches.dropout) if branches.dropout else nn.Identity()
+
+    @property
+    def weight(self) -> Tensor:
+        """Refused: a network that reads it would compute past the branches."""
+        raise UnsupportedBackboneError(
+            "the network reads `.weight` of an adapted layer and would bypass the adapter",
+            hint="use a backbone that calls its linear layers, e.g. Swin, ViT or DeiT3",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
+        active = [task for task in self.streams.active if task in self.tasks]
+        if not active:
+            return self._shared_only(x)
+        return self._narrow(x, active) if self.narrow else self._wide(x, active)
+
+    def _shared_only(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return y if self.shared is None else y + self._low_rank(self.dropout(x), self.shared, self.scale)
+
+    def _narrow(self, x: Tensor, active: list[str]) -> Tensor:
+        """All branches read the same input: one product with the stacked A."""
+        branches = [self.tasks[task] for task in active]
+        stacked = [b.A for b in ([self.shared] if self.shared is not None else []) + branches]  # type: ignore[union-attr]
+        low = F.linear(self.dropout(x), torch.cat(stacked))  # type: ignore[arg-type]
+        pieces = list(low.split([len(a) for a in stacked], dim=-1))  # type: ignore[arg-type]
+        base = self.base(x)
+        shared = F.linear(pieces.pop(0), self.shared.B * self.scale) if self.shared is not None else None
+        tasks = [F.linear(p, b.B * self.scales[t]) for p, b, t in zip(pieces, branches, active, strict=True)]
+        return self._combine(base, shared, torch.stack(tasks))
+
+    def _wide(self, x: Tensor, active: list[str]) -> Tensor:
+        shared_in, *_ = x.chunk(self.streams.count)
+        task_in = x.view(self.streams.count, -1, x.shape[-1])[1:]  # [T, M, in]
+        low = torch.bmm(task_in, self._stack(active, "A").transpose(1, 2))
+        base = self.base(shared_in)
+        skip = self.shared is None or (self.is_last and self.streams.skip_final_shared and self.mode == "matrix")
+        shared = None if skip else self._low_rank(self.dropout(shared_in), self.shared, self.scale)
+        tasks = torch.bmm(low, self._stack(active, "B").transpose(1, 2))
+        return self._combine(base, shared, tasks.view(len(active), *base.shape))
+
+    def _combine(self, base: Tensor, shared: Tensor | None, tasks: Tensor) -> Tensor:
+        """Base ``[B, ..., out]``, shared branch, task branches ``[T, B, ..., out]`` -> ``[S * B, ..., out]``."""
+        with_shared = base if shared is None else base + shared
+        tasks = tasks + (with_shared if self.mode == "matrixv2" else base)
+        if self.norm is not None:
+            with_shared = base + self.norm(tasks.sum(0))
+        return torch.cat([with_shared, tasks.flatten(0, 1)])
+
+    def _stack(self, active: list[str], factor: str) -> Tensor:
+        """Factors of the active tasks, zero-padded to the largest rank (exact); B comes scaled."""
+        matrices = []
+        width = max(len(self.tasks[task].A) for task in active)  # type: ignore[arg-type]
+        for task in active:
+            matrix: Tensor = getattr(self.tasks[task], factor)
+            spare = width - len(self.tasks[task].A)  # type: ignore[arg-type]
+            if factor == "B":
+                matrix = F.pad(matrix * self.scales[task], (0, spare))
+            else:
+                matrix = F.pad(matrix, (0, 0, 0, spare))
+            matrices.append(matrix)
+        return torch.stack(matrices)
+
+    @staticmethod
+    def _low_rank(x: Tensor, branch: LowRank | None, scale: float) -> Tensor:
+        assert branch is not None
+        return F.linear(F.linear(x, branch.A), branch.B * scale)
+
+    def linear_weight(self) -> Tensor | None:
+        """``W + s B A`` if the layer has no bias, no task branches and no active dropout."""
+        if self.base.bias is not None or len(self.tasks) or (self.training and isinstance(self.dropout, nn.Dropout)):
+            return None
+        return self.base.weight if self.shared is None else self._merged_weight()
+
+    def _merged_weight(self) -> Tensor:
+        assert self.shared is not None
+        return self.base.weight + self.scale * (self.shared.B @ self.shared.A)
+
+    def merged(self) -> nn.Module:
+        """A plain linear layer where there is no task branch; with task branches what can fold, folds.
+
+        In matrix mode task streams need W without the shared branch, so such a layer stays as it is.
+        """
+        if self.shared is None or (len(self.tasks) and self.mode != "matrixv2"):
+            return self
+        with torch.no_grad():
+            self.base.weight.copy_(self._merged_weight())
+        self.shared = None
+        return self if len(self.tasks) else self.base

@@ -1,0 +1,172 @@
+"""Streams: task-owned copies of the token batch that ride through unmodified blocks.
+
+Streams are stream-major in dimension 0, ``[S * B, ...]`` with S = 1 + active tasks; stream 0 is shared.
+Norms, activations, residuals, window partitions and attention are batch-wise, so blocks carry streams
+without knowing; only wrapped layers look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from polytask.types import Factored, Level
+
+Kept = Tensor | Factored
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Where streams begin and for whom.
+
+    Attributes:
+        fork: ``never``, or ``stage_end``: in the last block of each stage, for that stage's features only.
+        tasks: tasks that own a stream, in order.
+        all_or_none: whether the shared stream depends on every task's stream, so that a subset of the
+            tasks cannot run alone.
+    """
+
+    fork: Literal["never", "stage_end"] = "never"
+    tasks: tuple[str, ...] = ()
+    all_or_none: bool = False
+
+
+@dataclass
+class Streams:
+    """What one forward pass carries; shared by the wrapped layers of one backbone.
+
+    Attributes:
+        active: tasks with a stream in this pass.
+        skip_final_shared: the shared stream is read by nobody after the last block.
+        kept: per stage the features that left the trunk, one per active task.
+        merged: per stage the shared features after the stage's downsampling.
+    """
+
+    active: tuple[str, ...] = ()
+    skip_final_shared: bool = False
+    kept: dict[int, list[Kept]] = field(default_factory=dict)
+    merged: dict[int, Level] = field(default_factory=dict)
+
+    def begin(self, active: tuple[str, ...], *, skip_final_shared: bool) -> None:
+        """Forget the last pass and name the streams of the next one."""
+        self.active, self.skip_final_shared = active, skip_final_shared
+        self.kept.clear()
+        self.merged.clear()
+
+    @property
+    def count(self) -> int:
+        """S, the number of streams."""
+        return 1 + len(self.active)
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` -> ``[S * B, ...]``, equal streams."""
+        return x.unsqueeze(0).expand(self.count, *x.shape).flatten(0, 1)
+
+    def split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``[S * B, ...]`` -> the shared stream and the list of task streams, each ``[B, ...]``."""
+        shared, *tasks = x.chunk(self.count)
+        return shared, tasks
+
+
+class SharedOnly(nn.Module):
+    """Runs a layer on the shared stream alone, for use where all streams are still equal."""
+
+    def __init__(self, layer: nn.Module, streams: Streams) -> None:
+        super().__init__()
+        self.layer, self.streams = layer, streams
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[S * B, ...]`` -> ``[B, ...]``."""
+        return self.layer(x[: x.shape[0] // self.streams.count])  # type: ignore[no-any-return]
+
+
+class Repeat(nn.Module):
+    """Runs a layer on the shared stream and hands its output to all streams."""
+
+    def __init__(self, layer: nn.Module, streams: Streams) -> None:
+        super().__init__()
+        self.layer, self.streams = layer, streams
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` -> ``[S * B, ...]``."""
+        return self.streams.repeat(self.layer(x))
+
+
+class Fork(nn.Module):
+    """Runs the last block of a stage on all streams.
+
+    The task streams end here, as the features of this stage, unless ``carry``: then they go on through
+    the next stage's downsampling and end at its ``MergePoint``. Only the shared stream walks on.
+    """
+
+    def __init__(self, block: nn.Module, streams: Streams, *, stage: int, carry: bool, recompute: bool) -> None:
+        super().__init__()
+        self.block, self.streams = block, streams
+        self.stage, self.carry, self.recompute = stage, carry, recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens of the shared stream ``[B, ...]`` -> the same, or ``[S * B, ...]`` with ``carry``."""
+        if self.recompute and torch.is_grad_enabled():
+            y: Tensor = checkpoint(self._run, x, use_reentrant=False)
+        else:
+            y = self._run(x)
+        if self.carry or not self.streams.active:
+            return y
+        shared, tasks = self.streams.split(y)
+        self.streams.kept[self.stage] = list(tasks)
+        return shared
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self.block(self.streams.repeat(x) if self.streams.active else x)  # type: ignore[no-any-return]
+
+
+class MergePoint(nn.Module):
+    """Wraps the linear map of a stage's downsampling, where features "after merge" are taken.
+
+    The shared stream goes through; task streams end here, with the map still pending (``Factored``), so
+    that a neck which starts with its own linear map composes the two matrices.
+    """
+
+    def __init__(self, layer: nn.Module, streams: Streams, *, stage: int) -> None:
+        super().__init__()
+        self.layer, self.streams, self.stage = layer, streams, stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Merged tokens ``[S * B, H, W, C_in]`` -> ``[B, H, W, C]``."""
+        shared_in, task_ins = self.streams.split(x)
+        weight = composable_weight(self.layer)
+        if task_ins and weight is None:
+            shared, tasks = self.streams.split(self.layer(x))
+            self.streams.kept[self.stage] = list(tasks)
+        else:
+            shared = self.layer(shared_in)
+            if weight is not None:
+                self.streams.kept[self.stage] = [Factored(task, weight) for task in task_ins]
+        self.streams.merged[self.stage] = shared.permute(0, 3, 1, 2)
+        return shared
+
+
+def composable_weight(layer: nn.Module) -> Tensor | None:
+    """The matrix of a layer that acts as one bias-free linear map right now, else None."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight if layer.bias is None else None
+    return layer.linear_weight() if isinstance(layer, LinearMap) else None
+
+
+class LinearMap(nn.Module):
+    """A wrapped linear layer that can say which single matrix it currently amounts to."""
+
+    def linear_weight(self) -> Tensor | None:
+        """``[C, C_in]`` if the layer acts as one bias-free linear map right now, else None."""
+        return None
+
+
+def select(names: Sequence[str], plan: StreamPlan) -> tuple[str, ...]:
+    """The tasks whose streams must run so that ``names`` can be answered."""
+    wanted = tuple(task for task in plan.tasks if task in names)
+    return plan.tasks if wanted and plan.all_or_none else wanted

@@ -1,0 +1,63 @@
+"""What there is: registered specs, backbones and shipped recipes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+
+from polytask.config import Slot, Spec, decode, load_yaml, override, registered
+from polytask.data.base import DatasetSpec
+from polytask.recipe import recipe_folder
+
+_SLOTS = {
+    "tasks": "task", "datasets": "data", "adapters": "adapter", "necks": "neck", "heads": "head",
+    "balancers": "balancer", "pipelines": "pipeline", "actions": "action",
+}  # fmt: skip
+
+
+def catalog(what: str, pattern: str = "*") -> list[tuple[str, str]]:
+    """Names and one-line descriptions.
+
+    Args:
+        what: ``tasks datasets adapters necks heads balancers pipelines actions backbones recipes``.
+        pattern: shell-style filter of the names.
+    """
+    if what == "recipes":
+        rows = [(_recipe_name(file), _describe_recipe(file)) for file in sorted(recipe_folder().rglob("*.yaml"))]
+    elif what == "backbones":
+        rows = [(name, "pretrained weights" if timm.is_model_pretrained(name) else "") for name in timm.list_models()]
+    else:
+        rows = [(name, _first_line(cls)) for name, cls in sorted(registered(_SLOTS[what]).items())]
+    return [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
+
+
+def _first_line(cls: type[Any]) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def _recipe_name(file: Path) -> str:
+    return str(file.relative_to(recipe_folder()).with_suffix(""))
+
+
+def _describe_recipe(file: Path) -> str:
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("# ") if first.startswith("#") else str(load_yaml(file).get("name", ""))
+
+
+class _DataOnly(Spec):
+    data: Annotated[DatasetSpec, Slot("data")]
+
+
+def dataset(name: str, root: Path | None, assignments: Sequence[str] = ()) -> DatasetSpec:
+    """A dataset by name and folder, with defaults for all else.
+
+    Raises:
+        ConfigErrors: unknown name, or settings it does not take.
+    """
+    settings: dict[str, Any] = {"type": name} | ({} if root is None else {"root": str(root)})
+    data = override({"data": settings}, [f"data.{text}" for text in assignments])
+    return decode(_DataOnly, data, source="dataset").data

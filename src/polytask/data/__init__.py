@@ -1,0 +1,1 @@
+"""What is read. The datasets are registered by importing ``polytask.data.datasets``."""

@@ -1,0 +1,358 @@
+"""What a dataset is, how samples are drawn and in which order: a pure function of (seed, epoch, index)."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, final
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.tv_tensors import Image
+
+from polytask.config import Slot, Spec
+from polytask.data.maps import ClassMap, DenseMap, plain
+from polytask.data.pipelines import Pipeline
+from polytask.errors import ConfigError, DataError, PolytaskError, did_you_mean
+from polytask.progress import track
+from polytask.tasks.base import Task, TaskSet
+from polytask.types import Sample
+
+Key = int | tuple[int, int]
+"""Index of a sample, or (epoch, index)."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample before anything is read.
+
+    Attributes:
+        id: unique within the split.
+        files: where its fields are, by name.
+        index: position inside the files, for datasets that pack many samples in one.
+    """
+
+    id: str
+    files: Mapping[str, Path] = field(default_factory=dict)
+    index: int = -1
+
+    def where(self, field_name: str) -> str:
+        """What to name in a message about a field: its file if known, else the id."""
+        return str(self.files.get(field_name, self.id))
+
+
+def _square(size: object) -> object:
+    return (size, size) if isinstance(size, int) else size
+
+
+ImageSize = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+    BeforeValidator(_square, json_schema_input_type=int | tuple[int, int]),
+]
+"""Height and width; one number is short for a square."""
+
+
+class DatasetSpec(Spec):
+    """Base of the datasets: constants, where the records are, and how one field is read."""
+
+    type: str
+    image_size: ImageSize = Field(description="height and width the model sees; one number for a square")
+    pipeline: Annotated[Pipeline, Slot("pipeline")]
+    batch_size: int = Field(default=16, ge=1, description="training samples per step, over all processes")
+    eval_batch_size: int = Field(
+        default=16, ge=1, description="evaluation samples per pass, over all processes"
+    )
+    workers: int = Field(default=0, ge=0, description="loader processes per training process")
+
+    TASKS: ClassVar[Mapping[str, Task]]
+    """What the dataset has labels for, with its class counts and usual weights."""
+    SPLITS: ClassVar[tuple[str, ...]]
+    EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset()
+    """Label maps that say nothing when they hold no class but 0, and are then ignored as a whole."""
+
+    @abstractmethod
+    def records(self, split: str) -> list[Record]:
+        """The samples of a split, in a fixed order.
+
+        Raises:
+            DatasetNotFoundError: folder or part of it missing; says where it looked and what to do.
+        """
+
+    @abstractmethod
+    def read(self, record: Record, name: str) -> Tensor:
+        """One field as stored: ``image`` uint8 ``[3, H, W]``, or the raw label of a task.
+
+        Label maps are integers ``[H, W]`` with 255 = ignore, depth is float ``[H, W]`` in meters,
+        normals are float ``[H, W, 3]``, image-level classes are integer scalars.
+
+        Raises:
+            DataError: file missing, damaged or of unexpected content; names the file.
+        """
+
+    def audit(self, split: str) -> list[str]:  # noqa: ARG002 - datasets with check sums use it
+        """Problems of a split's files beyond their content, one sentence each; for ``verify``."""
+        return []
+
+    @final
+    def open(self, split: str, tasks: TaskSet, *, train: bool, seed: int = 0) -> Samples:
+        """The samples of a split with the labels of the given tasks; ``train`` augments them by ``seed``.
+
+        Raises:
+            ConfigError: unknown split or task.
+            DatasetNotFoundError: see ``records``.
+        """
+        self.check_split(split)
+        for name in tasks:
+            if name not in self.TASKS:
+                hint = did_you_mean(name, self.TASKS)
+                raise ConfigError(f"{self.type} has no labels for task {name!r}", where="tasks", hint=hint)
+        return Samples(self, self.records(split), tasks, train=train, seed=seed)
+
+    @final
+    def check_split(self, split: str) -> None:
+        """Raise ConfigError if there is no such split."""
+        if split not in self.SPLITS:
+            hint = did_you_mean(split, self.SPLITS)
+            raise ConfigError("unknown split", where=f"data.{self.type}", got=split, hint=hint)
+
+    @final
+    def load(self, record: Record, tasks: Mapping[str, Task]) -> dict[str, Any]:
+        """One sample as tv_tensors at its own size, before any transform; raises as ``label`` does."""
+        image = Image(self.read(record, "image"))
+        labels = {name: self.label(record, name, task, image) for name, task in tasks.items()}
+        return {"image": image, **labels}
+
+    @final
+    def label(self, record: Record, name: str, task: Task, image: Tensor) -> Tensor:
+        """The target of one task: a map as large as the image, or a scalar.
+
+        Raises:
+            DataError: unreadable file, unknown class, or a map of another size than the image.
+        """
+        raw, where = self.read(record, name), record.where(name)
+        try:
+            value = task.encode(raw)
+        except DataError as error:  # which does not know the file
+            raise DataError(error.what, where=where, got=error.got, expected=error.expected) from None
+        size, expected = value.shape[-2:], image.shape[-2:]
+        if isinstance(value, DenseMap) and size != expected:
+            raise DataError(
+                f"the {name} map has another size than the image {record.where('image')}",
+                where=where,
+                got=f"{size[0]}x{size[1]}",
+                expected=f"{expected[0]}x{expected[1]} (height x width)",
+            )
+        if isinstance(value, ClassMap) and name in self.EMPTY_IS_IGNORED:
+            value = ClassMap(value, empty_is_ignored=True)
+        return value
+
+
+class Samples(Dataset[Sample]):
+    """A split as a torch dataset of plain tensors.
+
+    ``samples[index]`` is ``{"image": float32 [3, H, W], "<task>": target, "id": str}``. A key
+    ``(epoch, index)`` chooses the augmentation too: it depends on (seed, epoch, index) and nothing else.
+    """
+
+    def __init__(
+        self, spec: DatasetSpec, records: list[Record], tasks: TaskSet, *, train: bool, seed: int = 0
+    ) -> None:
+        self.spec, self.records, self.tasks, self.train, self.seed = spec, records, tasks, train, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        record, spec = self.records[index], self.spec
+        sample: Sample = {**spec.load(record, self.tasks), "id": record.id}
+        if self.train:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(derive(self.seed, epoch, index))
+                sample = spec.pipeline.train(sample, spec.image_size)
+        else:
+            sample = spec.pipeline.evaluate(sample, spec.image_size)
+        return {k: plain(v) if isinstance(v, Tensor) else v for k, v in sample.items()}
+
+
+def derive(*parts: int) -> int:
+    """A seed of 63 bits that depends on all of the numbers."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# --- order and loaders -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """One epoch's batches for one process, as lists of (epoch, index): stateless, so resumable anywhere.
+
+    The order is a permutation given by (seed, epoch), cut into global batches; of each, this process
+    takes its contiguous slice. A short batch at the end is dropped unless it is the only one.
+
+    Attributes:
+        length: number of samples.
+        batch_size: samples per step over all processes.
+        start: global batches of this epoch that have been done already.
+        rank: number of this process out of ``world``.
+    """
+
+    length: int
+    batch_size: int
+    seed: int
+    epoch: int
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world:
+            raise ConfigError(
+                "the batch cannot be divided among the processes",
+                where="data.batch_size",
+                got=self.batch_size,
+                expected=f"a multiple of {self.world}",
+            )
+        if self.length < self.world:
+            raise ConfigError("fewer samples than processes", where="data", got=self.length)
+
+    @property
+    def steps(self) -> int:
+        """Global batches in the whole epoch, whatever ``start`` is."""
+        return max(self.length // self.batch_size, 1)
+
+    def __len__(self) -> int:
+        return max(self.steps - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(derive(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        size = min(self.batch_size, self.length)
+        low, high = (size * rank // self.world for rank in (self.rank, self.rank + 1))
+        for step in range(self.start, self.steps):
+            yield [(self.epoch, i) for i in order[step * size + low : step * size + high]]
+
+
+def train_loader(
+    samples: Samples,
+    *,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> DataLoader[Sample]:
+    """Batches of one epoch for one process (see ``BatchOrder``), the same for any number of workers.
+
+    Raises:
+        ConfigError: ``batch_size`` (over all processes) is no multiple of ``world``.
+    """
+    order = BatchOrder(
+        length=len(samples),
+        batch_size=batch_size,
+        seed=seed,
+        epoch=epoch,
+        start=start,
+        rank=rank,
+        world=world,
+    )
+    return _loader(samples, order, workers)
+
+
+def eval_loader(
+    samples: Samples, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> DataLoader[Sample]:
+    """Every sample once: each process takes its contiguous share, without padding or duplicates."""
+    low, high = (len(samples) * r // world for r in (rank, rank + 1))
+    size = max(batch_size // world, 1)
+    batches = [list(range(i, min(i + size, high))) for i in range(low, high, size)]
+    return _loader(samples, batches, workers)
+
+
+def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader[Sample]:
+    """The loader gets a generator of its own: it must not draw from the global one."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+# --- verification ----------------------------------------------------------------------------------
+
+
+@dataclass
+class VerifyReport:
+    """What a look at every file of a dataset found.
+
+    Attributes:
+        counts: samples per split.
+        problems: one sentence each; empty if all is well.
+        histograms: per label map or image-level task, how often each class occurs (255 and -1 included).
+        ranges: per task with real values, the smallest and largest valid value.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    histograms: dict[str, Counter[int]] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, task: str, value: Tensor) -> None:
+        """Count one target."""
+        sheet = plain(value)
+        if sheet.is_floating_point():
+            valid = sheet[(sheet != 0).any(0, keepdim=True).expand_as(sheet)]
+            low, high = self.ranges.get(task, (float("inf"), float("-inf")))
+            if valid.numel():
+                self.ranges[task] = (min(low, float(valid.min())), max(high, float(valid.max())))
+        else:
+            values, counts = torch.unique(sheet, return_counts=True)
+            tally = dict(zip(values.tolist(), counts.tolist(), strict=True))
+            self.histograms.setdefault(task, Counter()).update(tally)
+
+
+def verify(spec: DatasetSpec, splits: Sequence[str] | None = None) -> VerifyReport:
+    """Read every field of every record of some splits (by default all), collecting the problems."""
+    report = VerifyReport()
+    for split in splits or spec.SPLITS:
+        spec.check_split(split)
+        try:
+            records = spec.records(split)
+        except PolytaskError as error:
+            report.problems.append(str(error))
+            continue
+        report.counts[split] = len(records)
+        repeated = [name for name, times in Counter(record.id for record in records).items() if times > 1]
+        report.problems += [f"{split}: id {name!r} occurs more than once" for name in repeated]
+        report.problems += spec.audit(split)
+        for record in track(records, f"verifying {split}"):
+            _verify_record(spec, record, report)
+    return report
+
+
+def _verify_record(spec: DatasetSpec, record: Record, report: VerifyReport) -> None:
+    try:
+        image = spec.read(record, "image")
+    except DataError as error:
+        report.problems.append(str(error))
+        return
+    for name, task in spec.TASKS.items():
+        try:
+            value = spec.label(record, name, task, image)
+        except DataError as error:
+            report.problems.append(str(error))
+            continue
+        if not value.isfinite().all():
+            report.problems.append(f"{record.where(name)}: {name} has values that are not finite")
+        report.add(name, value)

@@ -1,0 +1,89 @@
+"""From a recipe to a finished run folder: in this process, under torchrun, or as a SLURM job."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from polytask import parallel
+from polytask.cost import cost
+from polytask.engine.evaluator import Scores
+from polytask.engine.trainer import Trainer, choose_device, write_text
+from polytask.errors import ConfigError, MissingDependencyError
+from polytask.recipe import Recipe
+
+
+def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
+    """Train a recipe in a folder and write its scores and costs; joins torchrun's group if there is one.
+
+    Args:
+        recipe: a checked recipe.
+        run: folder of the run.
+        resume: continue an interrupted run.
+
+    Raises:
+        PolytaskError: of the kind that fits, see ``Trainer`` and ``train_step``.
+    """
+    created = parallel.start(choose_device(recipe.run.device))
+    try:
+        trainer = Trainer(recipe, run, resume=resume)
+        scores = trainer.fit()
+        if parallel.rank() == 0 and recipe.run.parallel == "replicated":
+            measured = cost(trainer.model, trainer.tasks, recipe.data.image_size)
+            write_text(run / "cost.json", json.dumps(measured.as_dict(), indent=1) + "\n")
+    finally:
+        if created:
+            dist.destroy_process_group()
+    return scores
+
+
+def submit(arguments: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> str:
+    """Submit ``polytask ARGUMENTS`` under torchrun as a SLURM job; returns the job's id.
+
+    Args:
+        arguments: the command line without ``--slurm``.
+        folder: where submitit keeps its files.
+        settings: submitit parameters (``slurm_partition``, ``nodes``, ``gpus_per_node``, ``timeout_min``…);
+            ``cluster=local`` runs the job on this machine, ``processes`` sets processes per node.
+
+    Raises:
+        MissingDependencyError: submitit is not installed.
+        ConfigError: a parameter it does not know.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise MissingDependencyError("--slurm needs submitit", hint="pip install 'polytask[slurm]'") from None
+    options = dict(settings)
+    cluster, processes = options.pop("cluster", None), options.pop("processes", None)
+    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+    nodes = int(options.setdefault("nodes", 1))
+    per_node = int(processes or options.get("gpus_per_node") or 1)
+    try:
+        executor.update_parameters(tasks_per_node=1, **options)
+    except (NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"submitit refuses a parameter ({error})", where="--slurm") from None
+    job = executor.submit(run_node, list(arguments), nodes, per_node)
+    return str(job.job_id)
+
+
+def run_node(arguments: list[str], nodes: int, processes: int) -> int:
+    """Body of the job on each node: torchrun with the first node as meeting point."""
+    import subprocess
+
+    import submitit
+
+    host = submitit.helpers.TorchDistributedEnvironment().master_addr if nodes > 1 else "localhost"
+    meeting = ["--standalone"] if nodes == 1 else ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:29400"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes}",
+        *meeting, "-m", "polytask", *arguments,
+    ]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, check=True, env=environment).returncode

@@ -1,0 +1,109 @@
+"""One training step, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from polytask.balancers.base import Balancer
+from polytask.errors import NonFiniteLossError
+from polytask.model import MultiTaskModel
+from polytask.parallel import gradient_norm, scale_gradients, sum_gradients, total, world
+from polytask.phases import Objective
+from polytask.tasks.base import TaskSet
+from polytask.types import Partition, Sample
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """Figures of one step: global losses, weights used, penalties, statistics, gradient norm before clipping."""
+
+    losses: dict[str, float]
+    weights: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict)
+    gradient_norm: float = 0.0
+
+
+def train_step(
+    model: MultiTaskModel,
+    tasks: TaskSet,
+    batch: Sample,
+    balancer: Balancer,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    *,
+    partition: Partition | None = None,
+    clip_norm: float | None = None,
+    bf16: bool = False,
+    where: str = "training step",
+) -> StepLog:
+    """Forward, losses, penalties, balanced backward, exchange, clip, update.
+
+    Args:
+        model: predicts logits; in training mode.
+        tasks: tasks of this phase.
+        batch: this process's part of the global batch, on the model's device.
+        balancer: writes ``.grad``.
+        optimizer: over the trainable parameters.
+        objective: factors of losses and penalties.
+        partition: the model's partition, if it is known already.
+        clip_norm: largest global gradient norm, None for no limit.
+        bf16: run the forward pass under bfloat16 autocast.
+        where: names the position in messages.
+
+    Raises:
+        NonFiniteLossError: a loss or the gradient is not finite; parameters are untouched.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=bf16):
+        output = model(batch["image"], tuple(tasks))
+    logits = {task: x.float() for task, x in output.logits.items()}
+    losses = tasks.losses(logits, batch, total)
+    values = _global_values(losses)
+    _refuse_non_finite(values, batch["id"], where)
+    losses, penalties = objective.select(losses, output.penalties)
+    if penalties:
+        (torch.stack(list(penalties.values())).sum() / world()).backward(retain_graph=bool(losses))
+    weights = balancer.backward(losses, partition or model.partition()) if losses else {}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    sum_gradients(parameters)
+    norm = gradient_norm(parameters)
+    if not torch.isfinite(norm):
+        raise NonFiniteLossError("the gradient is not finite", where=where, got=_ids(batch["id"]), hint=_HINT)
+    if clip_norm is not None:
+        scale_gradients(parameters, clip_norm / (norm + 1e-6))
+    if losses or penalties:
+        optimizer.step()
+    return StepLog(values, weights, _floats(penalties), _floats(output.stats), float(norm))
+
+
+_HINT = "look at these samples, lower optim.lr or set optim.clip_norm; the last checkpoint is intact"
+
+
+def _global_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    if not losses:
+        return {}
+    summed = total(torch.stack([loss.detach() for loss in losses.values()]))
+    return dict(zip(losses, summed.tolist(), strict=True))
+
+
+def _refuse_non_finite(values: Mapping[str, float], ids: Sequence[str], where: str) -> None:
+    bad = {task: value for task, value in values.items() if not abs(value) < float("inf")}
+    if bad:
+        task, value = next(iter(bad.items()))
+        raise NonFiniteLossError(
+            f"the loss of task {task!r} is {value}", where=where, got=_ids(ids), expected="a finite loss", hint=_HINT
+        )
+
+
+def _ids(ids: Sequence[str]) -> str:
+    return f"samples {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}"
+
+
+def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in values.items()}
+

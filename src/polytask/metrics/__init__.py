@@ -1,0 +1,1 @@
+"""Small accumulators over pure functions."""

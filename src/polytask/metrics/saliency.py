@@ -1,0 +1,109 @@
+"""Scores of probability maps at many thresholds, from one histogram of the probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polytask.metrics.base import IGNORE, Metric
+
+
+def passed(values: Tensor, groups: Tensor, size: int, thresholds: Tensor, *, strict: bool = False) -> Tensor:
+    """How many values of each group reach each threshold, int64 ``[size, K + 1]``; column 0 counts all.
+
+    Exact: a value's bin is the number of thresholds it reaches, found by comparison.
+
+    Args:
+        values: ``[n]``.
+        groups: group of each value, long ``[n]``.
+        size: number of groups.
+        thresholds: ascending, ``[K]``.
+        strict: test ``value > t`` instead of ``value >= t``.
+    """
+    bins = len(thresholds) + 1
+    reached = torch.bucketize(values, thresholds.to(values), right=not strict)
+    histogram = torch.bincount(groups * bins + reached, minlength=size * bins).view(size, bins)
+    return histogram.flip(1).cumsum(1).flip(1)
+
+
+def f_score(precision: Tensor, recall: Tensor, beta2: float = 1.0) -> Tensor:
+    """Weighted harmonic mean of precision and recall; 0 where it is undefined."""
+    return ((1 + beta2) * precision * recall / (beta2 * precision + recall)).nan_to_num(0.0)
+
+
+class MaxF(Metric):
+    """``maxF``: best F (beta² = 0.3) over the thresholds .05, .10 … .95, counts pooled over the set, percent.
+
+    Achanta et al., CVPR 2009, as the InvPT family of evaluators computes it; a pixel is salient if p >= t.
+
+    Args:
+        double_sigmoid: pass the probability through a second sigmoid, as most of those evaluators do by
+            mistake; for comparison with published numbers.
+    """
+
+    beta2 = 0.3
+    thresholds = torch.arange(1, 20) / 20
+
+    def __init__(self, *, double_sigmoid: bool = False) -> None:
+        self.double_sigmoid = double_sigmoid
+        super().__init__()
+
+    def zeros(self) -> dict[str, Tensor]:
+        return {"passed": torch.zeros(2, len(self.thresholds) + 1, dtype=torch.int64)}
+
+    def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        truth = target.reshape(prediction.shape)
+        valid = truth != IGNORE
+        values = prediction[valid].float()
+        if self.double_sigmoid:
+            values = values.sigmoid()
+        return {"passed": passed(values, (truth[valid] == 1).long(), 2, self.thresholds)}
+
+    def compute(self) -> dict[str, float]:
+        negatives, positives = self.state["passed"].double()
+        if negatives[0] + positives[0] == 0:
+            return {"maxF": float("nan")}
+        hits = positives[1:]
+        f = f_score(hits / (hits + negatives[1:]), hits / positives[0], self.beta2)
+        return {"maxF": 100 * float(f.max())}
+
+
+class SaliencyIoU(Metric):
+    """``mIoU`` and ``maxF1`` in percent: best over 15 thresholds of scores averaged over images.
+
+    The saliency protocol of the ASTMT family of evaluators: thresholds .20, .25 … .90, a pixel is salient if
+    p > t, IoU is 1 where truth and prediction are both empty, F1 comes from mean precision and mean recall.
+    Images without any valid pixel are left out.
+    """
+
+    thresholds = torch.linspace(0.2, 0.9, 15, dtype=torch.float64)
+
+    def zeros(self) -> dict[str, Tensor]:
+        names = ("iou", "precision", "recall")
+        sums = {name: torch.zeros(len(self.thresholds), dtype=torch.float64) for name in names}
+        return {**sums, "images": torch.zeros((), dtype=torch.int64)}
+
+    def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        truth = target.reshape(prediction.shape)  # [B, H, W]
+        valid = truth != IGNORE
+        image = torch.arange(len(truth), device=truth.device).view(-1, 1, 1).expand_as(truth)
+        groups = 2 * image[valid] + (truth[valid] == 1)
+        above = passed(prediction[valid].float(), groups, 2 * len(truth), self.thresholds, strict=True)
+        seen = valid.flatten(1).any(1)
+        negatives, positives = (
+            above.view(-1, 2, above.shape[1])[seen].double().unbind(1)
+        )  # [seen, K + 1] each
+        hits, predicted, true = positives[:, 1:], (negatives + positives)[:, 1:], positives[:, :1]
+        union = predicted + true - hits
+        return {
+            "iou": torch.where(union > 0, hits / union, 1.0).sum(0),
+            "precision": (hits / predicted.clamp(min=1)).sum(0),
+            "recall": (hits / true.clamp(min=1)).sum(0),
+            "images": seen.sum(),
+        }
+
+    def compute(self) -> dict[str, float]:
+        images = self.state["images"].double()
+        iou, precision, recall = (self.state[name] / images for name in ("iou", "precision", "recall"))
+        f1 = f_score(precision, recall) if images else iou
+        return {"mIoU": 100 * float(iou.max()), "maxF1": 100 * float(f1.max())}

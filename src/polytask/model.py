@@ -1,0 +1,138 @@
+"""Backbone, adapter, neck and heads put together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polytask import adapters as _adapters  # noqa: F401 - registers
+from polytask import necks as _necks  # noqa: F401 - registers
+from polytask import types
+from polytask.adapters.base import Adapter, adapt, merged
+from polytask.backbones.timm import Backbone, BackboneSpec
+from polytask.config import Slot, Spec
+from polytask.errors import ConfigError, PolytaskWarning, did_you_mean
+from polytask.heads import HeadSpec, HRNetHead, PooledHead
+from polytask.necks.base import NeckSpec
+from polytask.necks.fuse import FuseSpec
+from polytask.tasks.base import Task, TaskSet
+from polytask.types import Output, Partition, PerTask
+
+
+class ModelSpec(Spec):
+    """The slots of a multi-task model."""
+
+    backbone: BackboneSpec
+    adapter: Annotated[Adapter, Slot("adapter")] | None = None
+    neck: Annotated[NeckSpec, Slot("neck")] = FuseSpec()
+    head: Annotated[HeadSpec, Slot("head")] = HRNetHead()
+    image_head: Annotated[HeadSpec, Slot("head")] = PooledHead()
+    heads: dict[str, Annotated[HeadSpec, Slot("head")]] = {}
+    freeze_backbone: bool = False
+
+    def head_of(self, name: str, task: Task) -> HeadSpec:
+        """The head of a task: its own in ``heads``, else the default of its kind.
+
+        Raises:
+            ConfigError: a map for an image-level task, or the reverse.
+        """
+        head = self.heads.get(name, self.head if task.dense else self.image_head)
+        if head.dense != task.dense:
+            kind = "one prediction per pixel" if task.dense else "one prediction per image"
+            raise ConfigError(f"head {head.type!r} does not fit task {name!r} ({kind})", where=f"model.heads.{name}")
+        return head
+
+    def build(self, tasks: TaskSet, image_size: tuple[int, int]) -> MultiTaskModel:
+        """The model for these tasks and image size, weights loaded.
+
+        Raises:
+            ConfigError: settings that do not fit each other; CheckpointError: weights that cannot be had.
+        """
+        for name in self.heads:
+            if name not in tasks:
+                raise ConfigError(f"{name!r} is not a task of this run", where="model.heads", hint=did_you_mean(name, tasks))
+        heads = {name: self.head_of(name, task) for name, task in tasks.items()}
+        backbone = self.backbone.build(image_size)
+        if self.freeze_backbone:
+            backbone.requires_grad_(False)
+        if self.adapter is not None:
+            if self.freeze_backbone:
+                raise ConfigError("an adapter decides itself what trains", where="model.freeze_backbone", got=True)
+            adapt(backbone, self.adapter, tuple(tasks))
+        if backbone.base_digest is None and any(not p.requires_grad for p in backbone.parameters()):
+            warnings.warn(
+                f"model.backbone {self.backbone.name}: the frozen part has random weights; "
+                "set model.backbone.pretrained=true or model.backbone.weights=FILE for useful results",
+                PolytaskWarning, stacklevel=2,
+            )  # fmt: skip
+        neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks))
+        built = PerTask({name: head.build(neck.channels, tasks[name].channels) for name, head in heads.items()})
+        return MultiTaskModel(backbone, neck, built)
+
+
+class MultiTaskModel(nn.Module):
+    """One image in, one prediction per task out."""
+
+    def __init__(self, backbone: Backbone, neck: nn.Module, heads: PerTask) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.heads = backbone, neck, heads
+        backbone.own_streams_only = True
+
+    def train(self, mode: bool = True) -> MultiTaskModel:
+        """As ``nn.Module.train``; a backbone in which nothing trains stays in eval mode (batch norms, drop path)."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All tasks the model answers."""
+        return tuple(self.heads)
+
+    def forward(self, image: Tensor, tasks: Sequence[str] | None = None) -> Output:
+        """``[B, 3, H, W]`` -> logits at image size for the asked tasks (default all).
+
+        Raises:
+            ConfigError: a task the model does not have.
+        """
+        asked = self.tasks if tasks is None else tuple(tasks)
+        for task in asked:
+            if task not in self.heads:
+                raise ConfigError(f"the model has no task {task!r}", hint=did_you_mean(task, self.tasks))
+        pyramids = self.backbone(image, asked)
+        maps = self.neck(pyramids, asked)
+        logits = {task: self.heads[task](maps[task]) for task in asked}
+        sized = {task: _resize(x, image.shape[-2:]) if x.ndim == 4 else x for task, x in logits.items()}
+        return Output(sized, *types.drain(self))
+
+    def partition(self) -> Partition:
+        """Trainable parameters, shared and per task, and frozen ones."""
+        return types.partition(self, self.tasks)
+
+    def merged(self) -> MultiTaskModel:
+        """A copy for inference with branches and batch norms folded where the arithmetic allows."""
+        copy = merged(self)
+        assert isinstance(copy, MultiTaskModel)
+        for head in copy.heads.values():
+            fold_batch_norms(head)
+        return copy
+
+
+def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def fold_batch_norms(head: nn.Module) -> None:
+    """Fold each batch norm of a sequential eval-mode head into the convolution before it."""
+    if not isinstance(head, nn.Sequential):
+        return
+    for index in range(len(head) - 1):
+        convolution, norm = head[index], head[index + 1]
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            head[index] = nn.utils.fuse_conv_bn_eval(convolution, norm)
+            head[index + 1] = nn.Identity()

@@ -1,0 +1,35 @@
+"""The neck slot: how the pyramids become one feature map per task."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from polytask.config import Spec
+from polytask.types import Pyramids
+
+
+class Neck(nn.Module):
+    """Pyramids -> one map ``[B, C, H, W]`` per task.
+
+    Attributes:
+        channels: C of the maps.
+    """
+
+    channels: int
+
+    def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Maps of the asked tasks."""
+        raise NotImplementedError
+
+
+class NeckSpec(Spec):
+    """A fusion-side technique."""
+
+    type: str
+
+    @abstractmethod
+    def build(self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str]) -> Neck:
+        """The neck for levels with these channels and strides."""

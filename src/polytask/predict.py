@@ -1,0 +1,96 @@
+"""Predictions of a trained run for a person's own images, of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as Pictures
+from PIL import UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.tv_tensors import Image
+
+from polytask.data.base import DatasetSpec
+from polytask.errors import DataError
+from polytask.model import MultiTaskModel
+from polytask.progress import track
+from polytask.runs import Run
+from polytask.tasks.base import TaskSet
+
+
+def read_image(path: Path) -> Tensor:
+    """A picture file as uint8 ``[3, H, W]``.
+
+    Raises:
+        DataError: missing, truncated or not a picture.
+    """
+    try:
+        with Pictures.open(path) as picture:
+            array = np.asarray(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError("no such image", where=str(path)) from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise DataError(f"image cannot be read ({error})", where=str(path), hint="is the file complete?") from None
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def predict_image(model: MultiTaskModel, tasks: TaskSet, data: DatasetSpec, image: Tensor) -> dict[str, Tensor]:
+    """Predictions at the image's own size.
+
+    Args:
+        model: in eval mode.
+        tasks: what to predict.
+        data: gives the size the model sees and the normalization.
+        image: uint8 ``[3, H, W]``.
+    """
+    sample = data.pipeline.evaluate({"image": Image(image)}, data.image_size)
+    device = next(model.parameters()).device
+    logits = model(sample["image"].as_subclass(Tensor)[None].to(device), tuple(tasks)).logits
+    size = image.shape[-2:]
+    own_size = {
+        name: F.interpolate(x.float(), size, mode="bilinear", align_corners=False) if x.ndim == 4 else x.float()
+        for name, x in logits.items()
+    }
+    return {name: tasks[name].predict(x)[0].cpu() for name, x in own_size.items()}
+
+
+def predict_files(
+    run: Run, images: Sequence[Path], output: Path, *, tasks: Sequence[str] | None = None, checkpoint: str = "last",
+    raw: bool = False,
+) -> list[dict[str, str]]:  # fmt: skip
+    """Write one picture per image and dense task (and ``.npy`` values with ``raw``).
+
+    Returns:
+        per image, its path and per task the written file, or the words of an image-level prediction.
+
+    Raises:
+        DataError: an image that cannot be read (before anything is written).
+        ConfigError: a task the run does not have.
+        CheckpointError: see ``Run.model``.
+    """
+    chosen = run.tasks.subset(list(tasks), "--tasks") if tasks else run.tasks
+    for path in images:
+        read_image(path)
+    model = run.model(checkpoint).merged()
+    output.mkdir(parents=True, exist_ok=True)
+    return [_write(run, model, chosen, path, output, raw) for path in track(images, "predict")]
+
+
+def _write(run: Run, model: MultiTaskModel, tasks: TaskSet, path: Path, output: Path, raw: bool) -> dict[str, str]:
+    predicted = predict_image(model, tasks, run.recipe.data, read_image(path))
+    result = {"image": str(path)}
+    for name, value in predicted.items():
+        array = value.numpy()
+        if not tasks[name].dense:
+            result[name] = tasks[name].caption(array)
+            continue
+        file = output / f"{path.stem}_{name}.png"
+        Pictures.fromarray(tasks[name].colorize(array)).save(file)
+        result[name] = str(file)
+        if raw:
+            np.save(file.with_suffix(".npy"), array)
+    return result

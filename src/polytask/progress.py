@@ -1,0 +1,56 @@
+"""Progress bars on stderr: rich on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_quiet = False
+_PLAIN_SECONDS = 15.0
+
+
+def set_quiet(quiet: bool) -> None:
+    """Switch all progress output off or on."""
+    global _quiet
+    _quiet = quiet
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items while showing how far along they are.
+
+    Args:
+        items: what to go through.
+        description: a few words, shown before the bar.
+        total: number of items, if ``items`` has no length.
+    """
+    if total is None:
+        total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    if _quiet:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from _bar(items, description, total)
+    else:
+        yield from _lines(items, description, total)
+
+
+def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > _PLAIN_SECONDS:
+            last = time.monotonic()
+            sys.stderr.write(f"{description}: {done}{f'/{total}' if total else ''}\n")
+            sys.stderr.flush()

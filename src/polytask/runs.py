@@ -1,0 +1,116 @@
+"""Run folders read back: recipe, scores, log, cost and trained model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polytask.config import decode, load_yaml
+from polytask.data.base import eval_loader
+from polytask.engine import checkpoint as checkpoint_files
+from polytask.engine.evaluator import Scores, evaluate
+from polytask.engine.log import read_log
+from polytask.engine.trainer import choose_device, eval_split
+from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
+from polytask.model import MultiTaskModel
+from polytask.recipe import Recipe
+from polytask.tasks.base import TaskSet
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``polytask train`` left in a folder."""
+
+    path: Path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe.
+
+        Raises:
+            CheckpointError: the folder holds no run.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            raise CheckpointError("this is no run folder (it has no recipe.yaml)", where=str(self.path))
+        return decode(Recipe, load_yaml(file), source=str(file))
+
+    @cached_property
+    def tasks(self) -> TaskSet:
+        """Tasks of the run."""
+        return self.recipe.task_set()
+
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """Contents of ``scores.json``.
+
+        Raises:
+            CheckpointError: the run has not finished.
+        """
+        return self._json("scores.json")
+
+    @cached_property
+    def cost(self) -> dict[str, Any]:
+        """Contents of ``cost.json``; raises as ``scores``."""
+        return self._json("cost.json")
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """Lines of ``metrics.jsonl``."""
+        return read_log(self.path / "metrics.jsonl")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} cannot be read ({error})", where=str(self.path),
+                hint="finish the run first: polytask train RECIPE --resume",
+            ) from None  # fmt: skip
+        return content
+
+    def model(self, which: str = "last", device: torch.device | None = None) -> MultiTaskModel:
+        """The trained model, in eval mode.
+
+        Args:
+            which: checkpoint name, ``last`` or ``best``.
+            device: where to put it; default CPU.
+
+        Raises:
+            CheckpointError: missing, damaged or not fitting.
+            TaskMismatchError: the checkpoint was trained for other tasks than the run's recipe names.
+        """
+        saved = checkpoint_files.read(self.path, which)
+        trained = saved.manifest["tasks"]
+        if list(self.tasks) != trained:
+            raise TaskMismatchError(
+                "checkpoint and recipe have different tasks", where=str(self.path),
+                got=", ".join(trained), expected=", ".join(self.tasks),
+            )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PolytaskWarning)  # random weights are about to be replaced
+            model = self.recipe.model.build(self.tasks, self.recipe.data.image_size)
+        checkpoint_files.load_weights(model, saved, str(self.path))
+        return model.to(device or torch.device("cpu")).eval()
+
+
+def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Scores:
+    """Scores of a trained run on a split (default: the one evaluated in training).
+
+    Raises:
+        ConfigError: unknown split; CheckpointError and data errors as their parts raise them.
+    """
+    data = run.recipe.data
+    name = split or eval_split(data)
+    device = choose_device(run.recipe.run.device)
+    samples = data.open(name, run.tasks, train=False)
+    batches = eval_loader(samples, batch_size=data.eval_batch_size, workers=data.workers)
+    bf16 = run.recipe.run.precision == "bf16"
+    return evaluate(run.model(checkpoint, device), run.tasks, batches, bf16=bf16, description=f"evaluate {name}")

@@ -1,0 +1,25 @@
+"""Counter-based randomness: every draw is a pure function of the recipe's seed and a position.
+
+A resumed run, another number of workers or of processes therefore sees the same numbers, and no
+generator state has to be stored.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def derive(*position: int) -> int:
+    """A 63-bit seed out of non-negative integers, e.g. (seed, epoch, index)."""
+    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_all(*position: int) -> None:
+    """Seed torch (all devices), NumPy and Python for this position."""
+    number = derive(*position)
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 - third-party code draws from the global generator
+    random.seed(number)

@@ -1,0 +1,13 @@
+"""What is predicted: importing the package registers every kind of task."""
+
+from __future__ import annotations
+
+from polytask.tasks.base import Task, TaskSet
+from polytask.tasks.classification import Classification
+from polytask.tasks.depth import Depth
+from polytask.tasks.edge import Edge
+from polytask.tasks.normals import Normals
+from polytask.tasks.saliency import Saliency
+from polytask.tasks.segmentation import Segmentation
+
+__all__ = ["Classification", "Depth", "Edge", "Normals", "Saliency", "Segmentation", "Task", "TaskSet"]

@@ -1,0 +1,55 @@
+"""Surface normals: x to the right, y up, z to the camera."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from polytask.config import register
+from polytask.data.maps import VectorMap
+from polytask.losses import normals_l1
+from polytask.metrics.base import Metric, Total
+from polytask.metrics.normals import AngularError, unit_vectors
+from polytask.tasks.base import Task, identity
+
+
+@register("task")
+class Normals(Task):
+    """Surface normals, scored by the mean angular error.
+
+    Raw labels are unit vectors ``[H, W, 3]``, (0, 0, 0) = invalid.
+    """
+
+    type: Literal["normals"] = "normals"
+    normalize_target: bool = Field(
+        default=True, description="off: angles as the early published evaluators compute them"
+    )
+
+    headline: ClassVar[str] = "mean"
+    higher_is_better: ClassVar[bool] = False
+
+    @property
+    def channels(self) -> int:
+        return 3
+
+    def encode(self, raw: Tensor) -> VectorMap:
+        return VectorMap(raw.float().permute(2, 0, 1).contiguous())
+
+    def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
+        return normals_l1(logits, target, total)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        return unit_vectors(logits.float())
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return (AngularError(normalize_target=self.normalize_target),)
+
+    def colorize(self, prediction: np.ndarray) -> np.ndarray:
+        """Vectors ``[3, H, W]`` as colors (n + 1) / 2; invalid pixels are black."""
+        vectors = np.moveaxis(prediction, 0, -1)
+        colors: np.ndarray = np.rint(255 * (np.clip(vectors, -1, 1) + 1) / 2).astype(np.uint8)
+        colors[~vectors.any(-1)] = 0
+        return colors

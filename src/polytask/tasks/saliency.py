@@ -1,0 +1,79 @@
+"""One probability per pixel, and saliency: which pixels catch the eye."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from polytask.config import register
+from polytask.data.maps import ClassMap
+from polytask.errors import DataError
+from polytask.losses import balanced_bce
+from polytask.metrics.base import IGNORE, Metric, Total
+from polytask.metrics.saliency import MaxF, SaliencyIoU
+from polytask.tasks.base import Task, identity
+
+_GREY_IGNORE = 128
+
+
+class BinaryTask(Task):
+    """A yes or no per pixel, trained with class-balanced cross entropy.
+
+    Raw labels are 0, 1 or 255 = ignore.
+    """
+
+    @property
+    @abstractmethod
+    def balance(self) -> float | None:
+        """Weight of positives in (0, 1); None takes the fraction of negatives in each batch."""
+
+    @property
+    def channels(self) -> int:
+        return 1
+
+    def encode(self, raw: Tensor) -> ClassMap:
+        unknown = (raw != 0) & (raw != 1) & (raw != IGNORE)
+        if unknown.any():
+            raise DataError(
+                "binary label map with another value", got=raw[unknown][0].item(), expected="0, 1 or 255"
+            )
+        return ClassMap(raw.long()[None])
+
+    def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
+        return balanced_bce(logits, target, total, positive_weight=self.balance)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        return logits[:, 0].float().sigmoid()
+
+    def colorize(self, prediction: np.ndarray) -> np.ndarray:
+        """Probabilities, or labels as integers, in shades of grey; ignored pixels are mid-grey."""
+        values = prediction.reshape(prediction.shape[-2:])
+        shades = np.rint(255 * np.clip(values, 0, 1)).astype(np.uint8)
+        if np.issubdtype(values.dtype, np.integer):
+            shades[values == IGNORE] = _GREY_IGNORE
+        return np.repeat(shades[..., None], 3, axis=-1)
+
+
+@register("task")
+class Saliency(BinaryTask):
+    """Saliency, scored by the best mean IoU over thresholds (headline) and by maxF."""
+
+    type: Literal["saliency"] = "saliency"
+    positive_weight: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="loss weight of salient pixels; batch statistics if unset"
+    )
+    double_sigmoid: bool = Field(default=False, description="maxF as most published evaluators compute it")
+
+    headline: ClassVar[str] = "mIoU"
+    higher_is_better: ClassVar[bool] = True
+
+    @property
+    def balance(self) -> float | None:
+        return self.positive_weight
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return SaliencyIoU(), MaxF(double_sigmoid=self.double_sigmoid)

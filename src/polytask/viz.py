@@ -1,0 +1,146 @@
+"""Pictures: prediction panels as PNG, learning curves as SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from polytask.data.base import DatasetSpec
+from polytask.data.pipelines import Pipeline
+from polytask.model import MultiTaskModel
+from polytask.tasks.base import Task, TaskSet
+from polytask.types import Sample
+
+GAP, LABEL_HEIGHT = 4, 16
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000", "#e69f00", "#882255")
+
+
+def to_picture(image: Tensor, pipeline: Pipeline) -> np.ndarray:
+    """A normalized image ``[3, H, W]`` back to uint8 ``[H, W, 3]``."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pipeline.mean, pipeline.std))
+    return ((image.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def task_picture(task: Task, value: Tensor, like: np.ndarray) -> np.ndarray:
+    """One target or prediction (no batch axis) as a picture of the size of ``like``."""
+    array = value.detach().cpu().numpy()
+    if not task.dense:
+        return text_picture(task.caption(array), like.shape[0], like.shape[1])
+    return task.colorize(array[0] if array.ndim == 3 and array.shape[0] == 1 else array)
+
+
+def text_picture(text: str, height: int, width: int) -> np.ndarray:
+    """Words centered on white."""
+    picture = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(picture).text((width / 2, height / 2), text, fill="black", anchor="mm", font=_font())
+    return np.asarray(picture)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=11)
+
+
+@torch.no_grad()
+def predictions(model: MultiTaskModel, tasks: TaskSet, sample: Sample) -> dict[str, Tensor]:
+    """Predictions for one sample, without batch axis."""
+    device = next(model.parameters()).device
+    output = model(sample["image"][None].to(device), tuple(tasks))
+    return {name: task.predict(output.logits[name].float())[0].cpu() for name, task in tasks.items()}
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:
+    """Pictures of one size in a grid with names above the columns and left of the rows."""
+    height, width = rows[0][0].shape[:2]
+    left = 8 + max(int(_font().getlength(name)) for name in row_names)
+    sheet = Image.new(
+        "RGB", (left + len(column_names) * (width + GAP), LABEL_HEIGHT + len(rows) * (height + GAP)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(column_names):
+        draw.text((left + column * (width + GAP) + width / 2, LABEL_HEIGHT / 2), name, fill="black", anchor="mm", font=_font())
+    for row, pictures in enumerate(rows):
+        top = LABEL_HEIGHT + row * (height + GAP)
+        draw.text((left - 4, top + height / 2), row_names[row], fill="black", anchor="rm", font=_font())
+        for column, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture), (left + column * (width + GAP), top))
+    return sheet
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture to embed in a page."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    color: str
+
+
+def chart(curves: Sequence[Curve], title: str, x_label: str, width: int = 380, height: int = 240) -> str:
+    """A line chart as SVG text; empty if there is nothing finite to draw."""
+    points = [p for curve in curves for p in curve.points if np.isfinite(p[1])]
+    if not points:
+        return ""
+    left, right, top, bottom = 46, 8, 24, 32
+    (x0, x1), (y0, y1) = (_span([p[i] for p in points]) for i in (0, 1))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - x0) / (x1 - x0) * (width - left - right),
+            height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom),
+        )
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{title}">']
+    parts.append(f'<text x="{left}" y="14" class="title">{title}</text>')
+    for tick in np.linspace(y0, y1, 5):
+        _, y = place(x0, float(tick))
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" class="tick" text-anchor="end">{tick:.3g}</text>')
+    for tick in np.linspace(x0, x1, 5):
+        x, _ = place(float(tick), y0)
+        parts.append(f'<text x="{x:.1f}" y="{height - 18}" class="tick" text-anchor="middle">{tick:.4g}</text>')
+    parts.append(f'<text x="{(left + width) / 2}" y="{height - 4}" class="tick" text-anchor="middle">{x_label}</text>')
+    for curve in curves:
+        path = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in curve.points if np.isfinite(p[1]))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{curve.color}" stroke-width="1.8"><title>{curve.name}</title></polyline>')
+    return "".join([*parts, "</svg>"])
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def legend(names: Mapping[str, str]) -> str:
+    """Colored names (name -> color) as HTML."""
+    return " ".join(f'<span class="key"><i style="background:{color}"></i>{name}</span>' for name, color in names.items())
+
+
+def contact_sheet(spec: DatasetSpec, split: str, count: int) -> Image.Image:
+    """Samples of a split with all their labels, one row each, at the dataset's evaluation size.
+
+    Raises:
+        ConfigError: unknown split; data errors as the dataset raises them.
+    """
+    tasks = TaskSet(spec.TASKS)
+    samples = spec.open(split, tasks, train=False)
+    rows, names = [], []
+    for index in range(min(count, len(samples))):
+        sample = samples[index]
+        picture = to_picture(sample["image"], spec.pipeline)
+        rows.append([picture, *(task_picture(task, sample[name], picture) for name, task in tasks.items())])
+        names.append(str(sample["id"]))
+    return grid(rows, names, ["image", *tasks])

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from polytask.tasks import Depth, Normals
+
+
+def test_normals_are_encoded_channels_first() -> None:
+    raw = torch.randn(4, 5, 3, dtype=torch.float64)
+    encoded = Normals().encode(raw)
+    assert encoded.shape == (3, 4, 5) and encoded.dtype == torch.float32
+    assert encoded[:, 1, 2].tolist() == pytest.approx(raw[1, 2].tolist(), rel=1e-6)
+
+
+def test_normals_as_colors() -> None:
+    vectors = np.array([[0, 0, 1], [-1, 0, 0], [0, 0, 0]], np.float32).T[:, None]  # [3, 1, 3]
+    assert Normals().colorize(vectors)[0].tolist() == [[128, 128, 255], [0, 128, 128], [0, 0, 0]]
+
+
+def test_normalize_target_reaches_the_metric() -> None:
+    prediction = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+    target = 0.5 * prediction
+    means = []
+    for flag in (True, False):
+        (metric,) = Normals(normalize_target=flag).metrics()
+        metric.update(prediction, target)
+        means.append(metric.compute()["mean"])
+    assert means == pytest.approx([0, 60], abs=1e-4)
+
+
+def test_depth_gets_brighter_with_distance() -> None:
+    picture = Depth(max_depth=10.0).colorize(np.array([[0.0, -1.0, 0.1, 2.0, 5.0, 9.0, 10.0, 50.0]]))
+    light = picture.astype(float) @ [0.2126, 0.7152, 0.0722]
+    assert not picture[0, :2].any()
+    assert (np.diff(light[0, 1:7]) > 0).all()
+    assert picture[0, 6].tolist() == picture[0, 7].tolist() == [253, 231, 37]
+
+
+def test_depth_without_a_maximum_scales_to_the_picture() -> None:
+    near, far = (Depth().colorize(scale * np.array([[[1.0, 2.0, 4.0]]])) for scale in (1, 10))
+    assert np.array_equal(near, far)
+    assert not Depth().colorize(np.zeros((1, 2, 2))).any()
+
+
+def test_max_depth_reaches_the_metric() -> None:
+    (metric,) = Depth(max_depth=3.0).metrics()
+    metric.update(torch.tensor([[[1.0, 9.0]]]), torch.tensor([[[[1.0, 5.0]]]]))
+    assert metric.compute()["rmse"] == 0
