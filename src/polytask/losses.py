@@ -1,4 +1,4 @@
-"""Losses of the dense tasks: pure functions that return one process's share of the global mean.
+"""Losses of the tasks: pure functions that return one process's share of the global mean.
 
 All counts go through ``total`` in a single exchange, so that with several processes each share is the local
 sum over the *global* count: shares add up to the loss that one process would compute for the whole batch,
@@ -85,6 +85,27 @@ def masked_l1(prediction: Tensor, target: Tensor, total: Total) -> Tensor | None
     if pixels == 0:
         return None
     return ((_wide(prediction) - target).abs() * valid).sum() / pixels
+
+
+def attribute_bce(logits: Tensor, target: Tensor, total: Total) -> Tensor | None:
+    """Mean binary cross entropy over known attributes.
+
+    Args:
+        logits: ``[B, K]``.
+        target: 0, 1 or -1 = unknown, ``[B, K]``.
+        total: sum over all processes.
+    """
+    known = target >= 0
+    count = total(known.sum())
+    if count == 0:
+        return None
+    wide = _wide(logits)
+    return (
+        F.binary_cross_entropy_with_logits(
+            wide, target.clamp(min=0).to(wide), known.to(wide), reduction="sum"
+        )
+        / count
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class RunSpec(Spec):
     device: str = Field(default="auto", description="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, …")
     parallel: Literal["replicated", "fsdp"] = Field(default="replicated", description="of several processes")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    train_split: str = "train"
+    eval_split: str = Field(default="val", description="scored during training")
     max_eval_batches: int | None = Field(default=None, ge=1, description="evaluate on the first batches only")
 
 
@@ -114,6 +116,8 @@ class Recipe(Spec):
                 _collect(lambda name=name, task=task: self.model.head_of(name, task), problems)
             if self.model.adapter is not None:
                 _collect(lambda: self.model.adapter.plan(tuple(tasks)), problems)  # type: ignore[union-attr]
+        for split in (self.run.train_split, self.run.eval_split):
+            _collect(lambda split=split: self.data.check_split(split), problems)
         if problems:
             raise ConfigErrors(list(dict.fromkeys(problems)))
 

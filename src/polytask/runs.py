@@ -16,7 +16,7 @@ from polytask.data.base import eval_loader
 from polytask.engine import checkpoint as checkpoint_files
 from polytask.engine.evaluator import Scores, evaluate
 from polytask.engine.log import read_log
-from polytask.engine.trainer import choose_device, eval_split
+from polytask.engine.trainer import choose_device
 from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
 from polytask.model import MultiTaskModel
 from polytask.recipe import Recipe
@@ -108,7 +108,7 @@ def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Sc
         ConfigError: unknown split; CheckpointError and data errors as their parts raise them.
     """
     data = run.recipe.data
-    name = split or eval_split(data)
+    name = split or run.recipe.run.eval_split
     device = choose_device(run.recipe.run.device)
     samples = data.open(name, run.tasks, train=False)
     batches = eval_loader(samples, batch_size=data.eval_batch_size, workers=data.workers)

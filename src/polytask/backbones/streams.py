@@ -55,6 +55,10 @@ class Streams:
     def begin(self, active: tuple[str, ...], *, skip_final_shared: bool) -> None:
         """Forget the last pass and name the streams of the next one."""
         self.active, self.skip_final_shared = active, skip_final_shared
+        self.end()
+
+    def end(self) -> None:
+        """Let go of the features, so that nothing outlives the pass."""
         self.kept.clear()
         self.merged.clear()
 

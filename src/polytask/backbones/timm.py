@@ -298,6 +298,7 @@ class Backbone(nn.Module):
                 _to_map(level, like) if isinstance(level, Tensor) else level
                 for level, like in zip(kept, shared, strict=True)
             ]
+        self.streams.end()
         return Pyramids(shared, per_task)
 
 

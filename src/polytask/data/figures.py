@@ -17,7 +17,7 @@ CLASSES = (
 )  # fmt: skip
 PARTS = ("background", "head", "torso", "upper_arms", "lower_arms", "upper_legs", "lower_legs")
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG, HAND, FOOT = range(1, 9)  # the first six are parts
-# Radius on the floor in metres.
+# Radius on the floor in meters.
 FOOTPRINT = {"crate": 0.4, "ball": 0.3, "can": 0.25, "cone": 0.3, "table": 0.55, "chair": 0.32, "lamp": 0.28,
              "pillar": 0.28, "plant": 0.35, "person": 0.33, "robot": 0.33, "screen": 0.4}  # fmt: skip
 UPRIGHT: Frame = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -136,7 +136,7 @@ SMOOTH = (0, 7)  # families without a pattern: plain, gradient
 
 
 class Palette(NamedTuple):
-    """How surfaces are drawn: probability of a plain one, fixed hue if any, cells per metre."""
+    """How surfaces are drawn: probability of a plain one, fixed hue if any, cells per meter."""
 
     plain: float = 0.0
     hue: float | None = None

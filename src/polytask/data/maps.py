@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as kernels
-from torchvision.tv_tensors import Image, TVTensor
+from torchvision.tv_tensors import Image, Mask
 
 IGNORE = 255
 
 
-class DenseMap(TVTensor):  # type: ignore[misc]  # torchvision has no types
+class DenseMap(Mask):  # type: ignore[misc]  # torchvision has no types
     """Base of the three map types; a sheet of values ``[channels, H, W]`` beside the image."""
 
     FILL: ClassVar[int]

@@ -203,7 +203,8 @@ class PascalContext(DatasetSpec):
                 "normals and LabelMap differ in size", where=where, got=colors.shape[:2], expected=expected
             )
         valid = np.isin(ids, list(WITH_NORMALS))
-        normals = torch.from_numpy((2.0 * colors.astype(np.float32) / 255.0 - 1.0) * valid[..., None])
+        vectors = 2.0 * colors.astype(np.float32) / 255.0 - 1.0
+        normals = torch.from_numpy(np.where(valid[..., None], vectors, np.float32(0)))
         width, height = _picture_size(files["image"])
         if ids.shape == (height, width):
             return normals

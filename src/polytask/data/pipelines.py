@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +15,7 @@ from polytask.data.maps import IGNORE, ClassMap, DenseMap, VectorMap, plain, spi
 from polytask.types import Sample
 
 Size = tuple[int, int]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Pipeline(Spec):
@@ -27,7 +28,9 @@ class Pipeline(Spec):
 
     type: str
     mean: tuple[float, float, float] = Field(default=(0.485, 0.456, 0.406), description="of RGB in 0..1")
-    std: tuple[float, float, float] = Field(default=(0.229, 0.224, 0.225), description="of RGB in 0..1")
+    std: tuple[Positive, Positive, Positive] = Field(
+        default=(0.229, 0.224, 0.225), description="of RGB in 0..1"
+    )
 
     @abstractmethod
     def train(self, sample: Sample, size: Size) -> Sample:

@@ -20,8 +20,8 @@ Array: TypeAlias = NDArray[Any]
 Triple: TypeAlias = Sequence[Any] | Array  # x, y, z: scalars or arrays that broadcast
 Pair: TypeAlias = tuple[Array, Array]
 
-NEAR, FAR = 0.05, 60.0  # metres; what lies beyond is sky
-SHADOW_OFFSET = 0.01  # metres along the normal
+NEAR, FAR = 0.05, 60.0  # meters; what lies beyond is sky
+SHADOW_OFFSET = 0.01  # meters along the normal
 ON_CAP = 1.0 - 1e-9  # |y| of a hit on the flat end of a unit cylinder or cone
 
 
@@ -37,7 +37,7 @@ class Shape(IntEnum):
 
 
 class Surface(NamedTuple):
-    """Two-color texture in the solid's own frame; `frequency` in cells per metre."""
+    """Two-color texture in the solid's own frame; `frequency` in cells per meter."""
 
     family: int  # index into figures.FAMILIES
     frequency: float
@@ -48,7 +48,7 @@ class Surface(NamedTuple):
 
 
 class Primitive(NamedTuple):
-    """One solid: `half` holds the half extents along its `axes` in metres (caps of a capsule included)."""
+    """One solid: `half` holds the half extents along its `axes` in meters (caps of a capsule included)."""
 
     shape: Shape
     center: Vector
@@ -83,9 +83,9 @@ class Hits(NamedTuple):
     depth: Array
     point: Array  # world
     normal: Array  # world, unit length, towards the camera
-    ray: Array  # world, from the camera, one metre deep
+    ray: Array  # world, from the camera, one meter deep
     cosine: Array  # between normal and view direction
-    uv: Array  # [2, N] metres on the surface
+    uv: Array  # [2, N] meters on the surface
 
 
 def mirror(point: Vector, axes: Frame) -> tuple[Vector, Frame]:
@@ -211,13 +211,15 @@ class Solids:
         self.reach = np.where(capsule, self.half[1] / self.scale[1] - 1.0, 0.0)
         self.inverse = self.axes / self.scale[:, None]  # rows of the map into the unit frame
 
-    def enter(self, vector: Triple, solid: Any = slice(None)) -> list[Any]:  # noqa: ANN401 - any numpy index
-        """World direction into the unit frames of the solids indexed."""
-        return [dot(rows, vector) for rows in self.inverse[:, :, solid]]
+    def enter(self, vector: Triple, solid: Array | None = None) -> list[Any]:
+        """World direction into the unit frames of the solids indexed, by default of all."""
+        # `take` keeps components contiguous, which fancy indexing would not.
+        inverse = self.inverse if solid is None else self.inverse.take(solid, axis=2)
+        return [dot(rows, vector) for rows in inverse]
 
-    def enter_point(self, point: Triple, solid: Any = slice(None)) -> list[Any]:  # noqa: ANN401 - as above
-        """World position into the unit frames of the solids indexed."""
-        center = self.center[:, solid]
+    def enter_point(self, point: Triple, solid: Array | None = None) -> list[Any]:
+        """World position into the unit frames of the solids indexed, by default of all."""
+        center = self.center if solid is None else self.center.take(solid, axis=1)
         return self.enter([point[i] - center[i] for i in range(3)], solid)
 
     def extent(self, direction: Vector) -> Pair:
@@ -228,7 +230,7 @@ class Solids:
 
 
 def cast(solids: Solids, camera: Camera, height: int, width: int) -> tuple[Array, Array]:
-    """Z-buffer of depth [H, W] in metres and index of the solid seen [H, W], -1 for sky."""
+    """Z-buffer of depth [H, W] in meters and index of the solid seen [H, W], -1 for sky."""
     right, up = camera.grid(height, width)
     depth = np.full((height, width), FAR)
     winner = np.full((height, width), -1, dtype=np.int16)
@@ -274,11 +276,11 @@ def resolve(solids: Solids, camera: Camera, depth: Array, winner: Array) -> Hits
     point = ray * z + np.array(camera.position)[:, None]
     local = np.stack(solids.enter_point(point, solid))
     gradient = local_normals(solids, solid, local)
-    normal = np.stack(combine(solids.inverse[:, :, solid], gradient))
+    normal = np.stack(combine(solids.inverse.take(solid, axis=2), gradient))
     normal /= np.sqrt(dot(normal, normal))
     cosine = -dot(normal, ray) / np.sqrt(dot(ray, ray))
     normal *= np.where(cosine < 0.0, -1.0, 1.0)  # planes are seen from either side
-    uv = surface_coordinates(local * solids.scale[:, solid], np.abs(gradient))
+    uv = surface_coordinates(local * solids.scale.take(solid, axis=1), np.abs(gradient))
     return Hits(pixel, solid, z, point, normal, ray, np.abs(cosine), uv)
 
 
@@ -289,12 +291,12 @@ def local_normals(solids: Solids, solid: Array, local: Array) -> Array:
     for kind in Shape:
         chosen = np.flatnonzero(shape == kind)
         if chosen.size:
-            gradient[:, chosen] = unit_normal(kind, local[:, chosen], solids.reach[solid[chosen]])
+            gradient[:, chosen] = unit_normal(kind, local.take(chosen, axis=1), solids.reach[solid[chosen]])
     return gradient
 
 
 def surface_coordinates(local: Array, facing: Array) -> Array:
-    """Drop the axis a surface faces most: [2, N] metres out of local points [3, N]."""
+    """Drop the axis a surface faces most: [2, N] meters out of local points [3, N]."""
     x, y, z = local
     along_x = facing[0] > np.maximum(facing[1], facing[2])
     along_y = facing[1] > np.maximum(facing[0], facing[2])
@@ -305,16 +307,16 @@ def cast_shadows(solids: Solids, hits: Hits, direction: Vector) -> Array:
     """Whether a solid stands between each hit and the sun: bool [N]; surfaces turned away count as dark."""
     dark = np.asarray(dot(hits.normal, direction) <= 0.0)
     lit = np.flatnonzero(~dark)
-    start = hits.point[:, lit] + SHADOW_OFFSET * hits.normal[:, lit]
+    start = hits.point.take(lit, axis=1) + SHADOW_OFFSET * hits.normal.take(lit, axis=1)
     caster, receiver = shadow_candidates(solids, start, direction)
     foreign = caster != hits.solid[lit[receiver]]  # convex solids never shade their own lit side
     caster, receiver = caster[foreign], receiver[foreign]
+    rays = np.stack(solids.enter(direction))
     for kind in Shape:
         chosen = np.flatnonzero(solids.shape[caster] == kind)
         solid = caster[chosen]
-        origin = solids.enter_point(start[:, receiver[chosen]], solid)
-        ray = [component[solid] for component in solids.enter(direction)]
-        blocked = INTERSECTIONS[kind](origin, ray, solids.reach[solid]) > 0.0
+        origin = solids.enter_point(start.take(receiver[chosen], axis=1), solid)
+        blocked = INTERSECTIONS[kind](origin, rays.take(solid, axis=1), solids.reach[solid]) > 0.0
         dark[lit[receiver[chosen[blocked]]]] = True
     return dark
 
@@ -324,7 +326,8 @@ def shadow_candidates(solids: Solids, start: Array, direction: Vector) -> tuple[
     side, over = across(direction)
     coordinates = dot(side, start), dot(over, start), dot(direction, start)
     bounds = [solids.extent(axis) for axis in (side, over, direction)]
-    pairs: list[Pair] = []
+    none = np.zeros(0, dtype=np.intp)
+    pairs: list[Pair] = [(none, none)]
     solid = solids.shape != Shape.PLANE
     for instance in np.unique(solids.instance[solid]):
         group = np.flatnonzero(solid & (solids.instance == instance))
@@ -332,9 +335,10 @@ def shadow_candidates(solids: Solids, start: Array, direction: Vector) -> tuple[
         u, v, w = coordinates
         near = (u > u0.min()) & (u < u1.max()) & (v > v0.min()) & (v < v1.max()) & (w < w1.max())
         some = np.flatnonzero(near)
-        u, v, w = (c[some, None] for c in coordinates)
+        u, v, w = (c[some] for c in coordinates)
+        u0, u1, v0, v1, w1 = (bound[:, None] for bound in (u0, u1, v0, v1, w1))
         row, column = np.nonzero((u > u0) & (u < u1) & (v > v0) & (v < v1) & (w < w1))
-        pairs.append((group[column], some[row]))
+        pairs.append((group[row], some[column]))
     return np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
 
 

@@ -41,7 +41,7 @@ class Difficulty(NamedTuple):
     plain: float = 0.0  # share of surfaces without a texture
 
 
-LEVELS = {
+LEVELS: dict[Level, Difficulty] = {
     "easy": Difficulty(typical_hue=0.7, plain=0.5),
     "standard": Difficulty(),
     "hard": Difficulty(objects=(7, 12), noise=(0.02, 0.06), ambient=(0.1, 0.22), occluders=2),
@@ -62,7 +62,7 @@ class Light(NamedTuple):
 
     @classmethod
     def draw(cls, draws: Draws, level: Difficulty) -> Light:
-        x, y, z = draws.uniform(-0.8, 0.8), draws.uniform(0.5, 1.2), draws.uniform(-1.0, -0.1)
+        x, y, z = draws.uniform(-0.8, 0.8), draws.uniform(0.5, 1.2), draws.uniform(-1.2, -0.3)
         length = float(np.sqrt(x * x + y * y + z * z))
         warm, power = draws.chance(0.5), draws.uniform(0.65, 1.0)
         red, green, blue = (1.0, 0.85, 0.6) if warm else (0.85, 0.95, 1.0)
@@ -149,8 +149,8 @@ class Stage:
         surfaces, count = (self.paint(), self.paint()), 4 + self.draws.integer(3)
         for step in range(1, count + 1):
             depth, top = 0.5 * run if step < count else 15.0, 0.5 * rise * step
-            center = 0.0, top, front + run * (step - 1) + depth
-            self.structure.append(Primitive(Shape.BOX, center, UPRIGHT, (20.0, top, depth), surfaces[step % 2]))
+            center, half = (0.0, top, front + run * (step - 1) + depth), (20.0, top, depth)
+            self.structure.append(Primitive(Shape.BOX, center, UPRIGHT, half, surfaces[step % 2]))
 
     def add_thing(self, kind: str, spot: Vector, yaw: float, size: float = 1.0) -> None:
         thing = Thing(kind, len(self.things) + 1, spot, yaw, size)
@@ -226,7 +226,7 @@ def render(
     """Picture and labels of one seed.
 
     image uint8 [H, W, 3]; semseg, human_parts (255 everywhere without a person), edge, saliency uint8 [H, W];
-    instance uint16 [H, W]; depth float32 [H, W] in metres along the axis, 0 = sky; normals float32 [H, W, 3],
+    instance uint16 [H, W]; depth float32 [H, W] in meters along the axis, 0 = sky; normals float32 [H, W, 3],
     x right, y up, z to the camera, 0 = sky; scene int; attributes uint8 [10]; identities int64 [persons in
     view], largest first, each out of the range `identities`.
     """
@@ -257,7 +257,7 @@ def trace(scene: Scene, height: int, width: int) -> Sample:
         "edge": find_edges(instance),
         "saliency": find_salient(scene, winner, instance),
         "scene": scene.kind,
-        "attributes": describe(scene, area, sky=bool((winner < 0).any()), shadow=float(dark.mean())),
+        "attributes": describe(scene, area, sky=bool((winner < 0).any()), dark=int(dark.sum())),
         "identities": np.array([identity for _, identity in persons], dtype=np.int64),
     }
 
@@ -283,7 +283,7 @@ def find_salient(scene: Scene, winner: Array, instance: Array) -> Array:
     contrast = (color / count - color.sum(axis=1, keepdims=True) / area.sum()) / 255.0
     y, x = (np.bincount(instance.ravel(), c.ravel(), area.size) for c in np.indices((height, width)) + 0.5)
     x, y = x / (count * width) - 0.5, y / (count * height) - 0.5
-    far = (x * x + y * y) / 0.35**2
+    far = (x * x + y * y) / 0.1225
     bell = 1.0 / (1.0 + far * (1.0 + far * (0.5 + far / 6.0)))  # nearly exp(-far)
     score = np.sqrt(area) * bell * (0.25 + np.sqrt(dot(contrast, contrast)))
     score[0] = 0.0  # background
@@ -292,8 +292,8 @@ def find_salient(scene: Scene, winner: Array, instance: Array) -> Array:
     return np.asarray(salient[instance].astype(np.uint8))
 
 
-def describe(scene: Scene, area: Array, *, sky: bool, shadow: float) -> Array:
-    """The image-level flags of ATTRIBUTES: uint8 [10]; `area` holds the pixels of each instance."""
+def describe(scene: Scene, area: Array, *, sky: bool, dark: int) -> Array:
+    """The image-level flags of ATTRIBUTES: uint8 [10]; `area` counts the pixels of each instance."""
     seen = [t for t in scene.things if area[t.instance]]
     clear = [t for t in seen if area[t.instance] >= 0.5 * SPECK * area.sum()]
     kinds = {t.kind for t in seen}
@@ -301,7 +301,7 @@ def describe(scene: Scene, area: Array, *, sky: bool, shadow: float) -> Array:
         "person" in kinds, "robot" in kinds, len(clear) > 5, sky, scene.light.warm,
         scene.close_up, any(t.raised_arm and t.identity >= 0 for t in clear),
         any(t.kind in figures.ROUND for t in clear),
-        shadow > 0.12, scene.primitives[0].surface.family not in figures.SMOOTH,
+        dark > 0.12 * area.sum(), scene.primitives[0].surface.family not in figures.SMOOTH,
     )  # fmt: skip
     return np.array(flags, dtype=np.uint8)
 
@@ -326,7 +326,7 @@ def shade(scene: Scene, hits: Hits, dark: Array, shape: tuple[int, int]) -> Arra
 def texture(scene: Scene, hits: Hits, pixel: float) -> Array:
     """Surface colors [3, N]; cells under a `pixel` (radians) fade to their mean, so they do not alias."""
     rows = [(*s[:2], *s.phase, s.tilt, *s.first, *s.second) for s in (p.surface for p in scene.primitives)]
-    table = np.array(rows, dtype=np.float32).T[:, hits.solid]
+    table = np.array(rows, dtype=np.float32).T.take(hits.solid, axis=1)
     family, frequency, tilt, first, second = table[0], table[1], table[4], table[5:8], table[8:]
     u, v = hits.uv.astype(np.float32) * frequency + table[2:4]
     v = v + tilt * u

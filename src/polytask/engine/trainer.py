@@ -16,7 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 import polytask
 from polytask import parallel
 from polytask.config import dump_yaml, encode
-from polytask.data.base import DatasetSpec, eval_loader, train_loader
+from polytask.data.base import eval_loader, train_loader
 from polytask.engine import checkpoint
 from polytask.engine.evaluator import Scores, evaluate, headlines
 from polytask.engine.log import RunLog, make_trackers, truncate
@@ -73,7 +73,7 @@ class Trainer:
         self.trained: set[str] = set()
         self.position = Position()
         data = recipe.data
-        self.validation = data.open(eval_split(data), self.tasks, train=False)
+        self.validation = data.open(recipe.run.eval_split, self.tasks, train=False)
 
     def fit(self) -> Scores:
         """Train through all phases; returns the last scores and writes ``scores.json``."""
@@ -119,7 +119,7 @@ class Trainer:
                 name: {"headline": task.headline, "higher_is_better": task.higher_is_better}
                 for name, task in self.tasks.items()
             },
-            "split": eval_split(self.recipe.data),
+            "split": self.recipe.run.eval_split,
             "samples": len(self.validation),
             "step": self.position.global_step,
             "train_seconds": round(self.position.seconds, 2),
@@ -180,7 +180,7 @@ class _PhaseRun:
                 self._restore_model(saved)
             return
         data = self.recipe.data
-        self.samples = data.open("train", self.tasks, train=True, seed=self.recipe.seed)
+        self.samples = data.open(self.recipe.run.train_split, self.tasks, train=True, seed=self.recipe.seed)
         self.optimizer = self.optim.optimizer(self.model, list(self.trainer.balancer.parameters()), data.batch_size)
         self.partition = self.model.partition()
         self.steps_per_epoch = len(self._loader(0, 0))
@@ -286,11 +286,6 @@ class _PhaseRun:
             return False
         place.best_gain = gain
         return True
-
-
-def eval_split(data: DatasetSpec) -> str:
-    """The split that is evaluated during training."""
-    return "val" if "val" in data.SPLITS else data.SPLITS[-1]
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from polytask.tasks.attributes import Attributes
 from polytask.tasks.base import Task, TaskSet
 from polytask.tasks.classification import Classification
 from polytask.tasks.depth import Depth
@@ -10,4 +11,14 @@ from polytask.tasks.normals import Normals
 from polytask.tasks.saliency import Saliency
 from polytask.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "Depth", "Edge", "Normals", "Saliency", "Segmentation", "Task", "TaskSet"]
+__all__ = [
+    "Attributes",
+    "Classification",
+    "Depth",
+    "Edge",
+    "Normals",
+    "Saliency",
+    "Segmentation",
+    "Task",
+    "TaskSet",
+]

@@ -26,7 +26,8 @@ class Task(Spec):
 
     Batches hold a task's target as ``[B, 1, H, W]`` long with 255 = ignore (label maps),
     ``[B, 1, H, W]`` float with 0 = invalid (depth), ``[B, 3, H, W]`` float unit vectors with
-    (0, 0, 0) = invalid (normals) or ``[B]`` long with -1 = unknown (image-level classes).
+    (0, 0, 0) = invalid (normals), ``[B]`` long with -1 = unknown (image-level classes) or ``[B, K]`` long
+    of 0, 1 and -1 = unknown (attributes).
     """
 
     type: str
