@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polytask.config import decode, encode, registered
-from polytask.data import pascal_context, rooms  # noqa: F401 - registers
+from polytask.data import datasets  # noqa: F401 - registers
 from polytask.data.base import DatasetSpec, Samples, eval_loader, train_loader, verify
 from polytask.errors import ConfigError, PolytaskError
 from polytask.tasks.base import TaskSet

@@ -89,7 +89,7 @@ def _photo(root: Path, name: str, split: str, size: tuple[int, int], person: boo
 
 
 def _normals(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    vectors = rng.normal(0, 0.4, (*size, 3)) + (0, 0.3, 1)
+    vectors = rng.normal((0, 0.3, 1), 0.4, (*size, 3))
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.rint((vectors + 1) * 127.5).astype(np.uint8)
 

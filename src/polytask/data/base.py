@@ -214,12 +214,8 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world:
-            raise ConfigError(
-                "the batch cannot be divided among the processes",
-                where="data.batch_size",
-                got=self.batch_size,
-                expected=f"a multiple of {self.world}",
-            )
+            what, expected = "the batch cannot be divided among the processes", f"a multiple of {self.world}"
+            raise ConfigError(what, where="data.batch_size", got=self.batch_size, expected=expected)
         if self.length < self.world:
             raise ConfigError("fewer samples than processes", where="data", got=self.length)
 
@@ -256,15 +252,8 @@ def train_loader(
     Raises:
         ConfigError: ``batch_size`` (over all processes) is no multiple of ``world``.
     """
-    order = BatchOrder(
-        length=len(samples),
-        batch_size=batch_size,
-        seed=seed,
-        epoch=epoch,
-        start=start,
-        rank=rank,
-        world=world,
-    )
+    place = {"start": start, "rank": rank, "world": world}
+    order = BatchOrder(length=len(samples), batch_size=batch_size, seed=seed, epoch=epoch, **place)
     return _loader(samples, order, workers)
 
 

@@ -111,13 +111,16 @@ def unit(vectors: Tensor, valid: Tensor | None = None) -> Tensor:
     x, y, z = vectors
     length = (x * x + y * y + z * z).sqrt()[None]
     keep = length > 0 if valid is None else (length > 0) & valid
-    return torch.where(keep, vectors / length.clamp_min(1e-12), 0.0)
+    units: Tensor = torch.where(keep, vectors / length.clamp_min(1e-12), 0.0)
+    return units
 
 
 def pointing(vectors: Tensor) -> Tensor:
     """Which of the vectors ``[3, H, W]`` are not zero, boolean ``[1, H, W]``."""
-    x, y, z = vectors != 0
-    return (x | y | z)[None]
+    present: Tensor = vectors != 0
+    x, y, z = present
+    found: Tensor = x | y | z
+    return found[None]
 
 
 def spin(vectors: Tensor, degrees: float) -> Tensor:
@@ -184,11 +187,11 @@ class _Origin(NamedTuple):
     """For every pixel of a turned sheet, where it comes from."""
 
     grid: Tensor  # [H, W, 2], x and y in -1..1
-    index: Tensor  # [H * W], nearest pixel
+    pixel: Tensor  # [H * W], index of the nearest one
     inside: Tensor  # [H, W], whether there is one
 
     def nearest(self, sheet: Tensor, fill: int) -> Tensor:
-        found = sheet.flatten(1).index_select(1, self.index).view(sheet.shape)
+        found = sheet.flatten(1).index_select(1, self.pixel).view(sheet.shape)
         return torch.where(self.inside, found, torch.tensor(fill, dtype=sheet.dtype))
 
     def cubic(self, sheet: Tensor) -> Tensor:
@@ -205,8 +208,8 @@ def _origin(height: int, width: int, degrees: float, zoom: float) -> _Origin:
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)
     column, row = x.round().long(), y.round().long()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    index = row.clamp_(0, height - 1) * width + column.clamp_(0, width - 1)
-    return _Origin(grid, index.flatten(), inside)
+    pixel = row.clamp_(0, height - 1) * width + column.clamp_(0, width - 1)
+    return _Origin(grid, pixel.flatten(), inside)
 
 
 # --- kernels for the v2 transforms -----------------------------------------------------------------

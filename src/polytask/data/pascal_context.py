@@ -282,10 +282,10 @@ def _read_mat(path: Path, key: str) -> Any:
 def _parts(path: Path) -> Iterator[tuple[int, np.ndarray]]:
     """Part number and mask of every annotated part of every person, in the order of the file."""
     try:
-        for person in _read_mat(path, "anno")["objects"].item().flat:
-            if person["class_ind"].item() == _PERSON and person["parts"].size:
-                for part in person["parts"].flat:
-                    yield _PART_OF[part["part_name"].item()], part["mask"]
+        objects = _read_mat(path, "anno")["objects"].item().flat
+        for person in (found for found in objects if found["class_ind"].item() == _PERSON):
+            for part in person["parts"].flat:  # none if it is an empty array
+                yield _PART_OF[part["part_name"].item()], part["mask"]
     except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise DataError(
             f"unexpected annotation ({error!r})", where=str(path), hint="unpack it again"

@@ -230,7 +230,7 @@ def test_part_masks_of_different_sizes(written: Written) -> None:
         spec.read(record, "human_parts")
     parts[0, 1] = ("tail", np.ones((4, 4), np.uint8))
     savemat(record.files["human_parts"], {"anno": {"objects": thing}})
-    with pytest.raises(DataError, match="unexpected annotation.*tail"):
+    with pytest.raises(DataError, match=r"unexpected annotation.*tail"):
         spec.read(record, "human_parts")
 
 

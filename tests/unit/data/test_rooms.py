@@ -253,7 +253,7 @@ def test_script_without_a_main_guard_is_told(tmp_path: Path, monkeypatch: pytest
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooms.shutil, "disk_usage", lambda _: Full())
-    with pytest.raises(DataError, match="disk is too full.*POLYTASK_CACHE"):
+    with pytest.raises(DataError, match=r"disk is too full.*POLYTASK_CACHE"):
         nano(tmp_path).records("val")
 
 
