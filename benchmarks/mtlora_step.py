@@ -9,6 +9,7 @@ gradients are compared before anything is timed.
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -17,6 +18,7 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytask.allocator import keep_freed_memory
 from polytask.adapters.mtlora import MTLoRA, TaskLinear
 from polytask.backbones.timm import BackboneSpec
 from polytask.cost import count_macs, saved_activations
@@ -52,6 +54,26 @@ def build(size: int, *, adapter: bool = True, recompute: tuple[int, ...] = ()) -
 # --- the plain formulation -------------------------------------------------------------------------
 
 
+class PlainBranch(nn.Module):
+    """A layer without task branches, written out; shares its parameters with the layer it stands for."""
+
+    def __init__(self, layer: TaskLinear) -> None:
+        super().__init__()
+        self.base, self.shared, self.scale, self.dropout = layer.base, layer.shared, layer.scale, nn.Dropout(layer.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.shared.A), self.shared.B)
+
+
+def plain_twin(model: MultiTaskModel) -> MultiTaskModel:
+    """The same parameters under plain layers, to be run by ``plain_forward``."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, TaskLinear) and not len(module.tasks):
+            twin.set_submodule(name, PlainBranch(module))
+    return twin
+
+
 def plain_forward(model: MultiTaskModel, image: Tensor) -> dict[str, Tensor]:
     """Logits with one tensor per task and loops over the tasks."""
     backbone = model.backbone
@@ -80,7 +102,7 @@ def plain_merge(downsample: nn.Module, x: Tensor) -> Tensor:
 
 def plain_layer(layer: TaskLinear, x: Tensor, inputs: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
     """Base once, then every branch on its own (matrix mode)."""
-    base, dropped = layer.base(x), layer.dropout(x)
+    base, dropped = layer.base(x), F.dropout(x, layer.dropout, layer.training)
     shared = base + layer.scale * F.linear(F.linear(dropped, layer.shared.A), layer.shared.B)
     outputs = []
     for number, task in enumerate(TASKS):
@@ -154,11 +176,11 @@ def step(forward, model: MultiTaskModel, batch, optimizer) -> None:
     optimizer.step()
 
 
-def check_equal(model: MultiTaskModel, batch) -> float:
+def check_equal(model: MultiTaskModel, twin: MultiTaskModel, batch) -> float:
     """Largest difference of logits and of gradients between the two formulations, relative to the scale."""
-    model.eval()
+    model.eval(), twin.eval()
     worst, gradients = 0.0, []
-    logits = [plain_forward(model, batch["image"]), model(batch["image"]).logits]
+    logits = [plain_forward(twin, batch["image"]), model(batch["image"]).logits]
     for task in TASKS:
         worst = max(worst, float((logits[0][task] - logits[1][task]).detach().abs().max() / logits[0][task].detach().abs().max()))
     for side in logits:
@@ -175,9 +197,11 @@ def main() -> None:
     """Time forward, training step and merged inference; count memory."""
     args = parse(__doc__.splitlines()[0])
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `polytask train` does; for both sides
     size, repeats = (224, 3) if args.quick else (448, 9)
     model, batch = build(size), to_device(make_batch(size, 2), torch.device("cpu"))
-    difference = check_equal(model, batch)
+    twin = plain_twin(model)
+    difference = check_equal(model, twin, batch)
     assert difference < 1e-3, f"the two formulations differ by {difference}"
     one = batch["image"][:1]
     model.eval()
@@ -189,17 +213,17 @@ def main() -> None:
 
     forward = interleave(
         {
-            "plain": lambda: infer(lambda x: plain_forward(model, x)),
+            "plain": lambda: infer(lambda x: plain_forward(twin, x)),
             "streams": lambda: infer(model),
             "merged": lambda: infer(merged),
         },
         repeats,
     )
-    model.train()
+    model.train(), twin.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     training = interleave(
         {
-            "plain": lambda: step(lambda x: plain_forward(model, x), model, batch, optimizer),
+            "plain": lambda: step(lambda x: plain_forward(twin, x), model, batch, optimizer),
             "streams": lambda: step(lambda x: model(x).logits, model, batch, optimizer),
         },
         repeats,

@@ -23,6 +23,7 @@ SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
     "options": {
         "patch_size": 4, "embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4,
+        "drop_path_rate": 0.0,
     },
 }  # fmt: skip
 MERGED_SWIN: dict[str, Any] = {**SWIN, "feature_point": "after_merge"}
@@ -39,10 +40,14 @@ def backbone_spec(settings: Mapping[str, Any], **changes: Any) -> BackboneSpec:
 
 def model_spec(backbone: Mapping[str, Any] = MERGED_SWIN, **parts: Any) -> ModelSpec:
     """A model spec with a small backbone and neck."""
-    return decode(ModelSpec, {"backbone": backbone, "neck": {"type": "fuse", "channels": [3, 4, 5, 6]}, **parts})
+    return decode(
+        ModelSpec, {"backbone": backbone, "neck": {"type": "fuse", "channels": [3, 4, 5, 6]}, **parts}
+    )
 
 
-def build(spec: ModelSpec, tasks: TaskSet = TASKS, size: tuple[int, int] = SIZE, seed: int = 0) -> MultiTaskModel:
+def build(
+    spec: ModelSpec, tasks: TaskSet = TASKS, size: tuple[int, int] = SIZE, seed: int = 0
+) -> MultiTaskModel:
     """The model from a fixed seed, without the warning about its random frozen part."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -56,7 +61,9 @@ def image(batch: int = 2, size: tuple[int, int] = SIZE, seed: int = 0) -> Tensor
 
 
 @torch.no_grad()
-def shake(module: nn.Module, scale: float = 0.1, which: Callable[[str], bool] = lambda _: True, seed: int = 1) -> None:
+def shake(
+    module: nn.Module, scale: float = 0.1, which: Callable[[str], bool] = lambda _: True, seed: int = 1
+) -> None:
     """Add noise to parameters, so that branches and norms that start neutral take part."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -64,7 +71,9 @@ def shake(module: nn.Module, scale: float = 0.1, which: Callable[[str], bool] = 
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def gap(left: Mapping[str, Tensor] | Sequence[Tensor], right: Mapping[str, Tensor] | Sequence[Tensor]) -> float:
+def gap(
+    left: Mapping[str, Tensor] | Sequence[Tensor], right: Mapping[str, Tensor] | Sequence[Tensor]
+) -> float:
     """Largest absolute difference of two equally keyed collections."""
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         assert left.keys() == right.keys()

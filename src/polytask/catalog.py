@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import timm
 
-from polytask.config import Slot, Spec, decode, load_yaml, override, registered
+from polytask.config import Slot, Spec, decode, registered
 from polytask.data.base import DatasetSpec
-from polytask.recipe import recipe_folder
+from polytask.files import override
+from polytask.recipe import shipped_recipes
 
 _SLOTS = {
     "tasks": "task", "datasets": "data", "adapters": "adapter", "necks": "neck", "heads": "head",
@@ -27,9 +28,12 @@ def catalog(what: str, pattern: str = "*") -> list[tuple[str, str]]:
         pattern: shell-style filter of the names.
     """
     if what == "recipes":
-        rows = [(_recipe_name(file), _describe_recipe(file)) for file in sorted(recipe_folder().rglob("*.yaml"))]
+        rows = [(name, _describe_recipe(file)) for name, file in shipped_recipes().items()]
     elif what == "backbones":
-        rows = [(name, "pretrained weights" if timm.is_model_pretrained(name) else "") for name in timm.list_models()]
+        rows = [
+            (name, "pretrained weights" if timm.is_model_pretrained(name) else "")
+            for name in timm.list_models()
+        ]
     else:
         rows = [(name, _first_line(cls)) for name, cls in sorted(registered(_SLOTS[what]).items())]
     return [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
@@ -39,13 +43,9 @@ def _first_line(cls: type[Any]) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0]
 
 
-def _recipe_name(file: Path) -> str:
-    return str(file.relative_to(recipe_folder()).with_suffix(""))
-
-
 def _describe_recipe(file: Path) -> str:
-    first = file.read_text(encoding="utf-8").splitlines()[0]
-    return first.removeprefix("# ") if first.startswith("#") else str(load_yaml(file).get("name", ""))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return lines[0].removeprefix("#").strip() if lines and lines[0].startswith("#") else ""
 
 
 class _DataOnly(Spec):

@@ -6,17 +6,18 @@ Nothing heavy is imported before a verb runs, so that ``--help`` answers at once
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polytask import __version__
 from polytask.errors import PolytaskError, PolytaskWarning
 
 if TYPE_CHECKING:
-    from polytask.report import Comparison
+    from polytask.recipe import Recipe
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -24,18 +25,26 @@ Verb = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see ``polytask --help``)."""
     args = parser().parse_args(argv)
-    warnings.showwarning = _show_warning
-    warnings.simplefilter("always", PolytaskWarning)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        warnings.simplefilter("always", PolytaskWarning)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    verb: Verb = args.verb
     try:
-        verb: Verb = args.verb
         return verb(args)
     except PolytaskError as error:
         for line in str(error).splitlines():
             say(f"error: {line}")
         return error.exit_code
     except KeyboardInterrupt:
-        say("interrupted; continue with --resume")
+        say("interrupted; continue with --resume" if verb in (_train, _demo) else "interrupted")
         return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def say(text: str) -> None:
@@ -45,11 +54,13 @@ def say(text: str) -> None:
 
 def emit(value: object) -> None:
     """A result for programs, on stdout."""
-    print(json.dumps(value, indent=1))
+    from polytask.files import to_json
+
+    print(to_json(value), flush=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, PolytaskWarning):
+    if issubclass(category, PolytaskWarning) and os.environ.get("RANK", "0") == "0":
         say(f"warning: {message}")
 
 
@@ -64,17 +75,22 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 1 bug, 2 configuration or usage, 3 data missing or malformed, "
         "4 checkpoint does not fit, 5 training diverged",
     )
+    root.add_argument("--version", action="version", version=f"polytask {__version__}")
     verbs = root.add_subparsers(required=True, metavar="VERB")
     train = _verb(verbs, "train", _train, "train a recipe", "polytask train rooms/mtlora --set optim.lr=1e-3")
     _recipe_options(train)
     train.add_argument("--output", type=Path, help="run folder (default: runs/<name of the recipe>)")
     train.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    train.add_argument("--slurm", nargs="*", metavar="K=V", help="submit as a SLURM job with these submitit settings")
+    train.add_argument(
+        "--slurm", nargs="*", metavar="K=V", help="submit as a SLURM job with these submitit settings"
+    )
     evaluate = _verb(verbs, "eval", _eval, "score a trained run", "polytask eval runs/mtlora --split test")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--checkpoint", default="last", choices=("last", "best"))
     evaluate.add_argument("--split", help="default: the split evaluated in training")
-    predict = _verb(verbs, "predict", _predict, "predict for own images", "polytask predict runs/mtlora photo.jpg")
+    predict = _verb(
+        verbs, "predict", _predict, "predict for own images", "polytask predict runs/mtlora photo.jpg"
+    )
     predict.add_argument("run", type=Path)
     predict.add_argument("images", type=Path, nargs="+")
     predict.add_argument("--output", type=Path, help="folder for the pictures (default: RUN/predictions)")
@@ -84,13 +100,15 @@ def parser() -> argparse.ArgumentParser:
     profile = _verb(verbs, "profile", _profile, "parameters, MACs, time and memory of a recipe or run",
                     "polytask profile recipes/pascal/mtlora_r64.yaml --json")  # fmt: skip
     _recipe_options(profile)
-    profile.add_argument("--repeats", type=int, default=5, help="timed passes; 0 for none")
-    compare = _verb(verbs, "compare", _compare, "table and page about several runs", "polytask compare runs/*")
+    profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
+    compare = _verb(
+        verbs, "compare", _compare, "table and page about several runs", "polytask compare runs/*"
+    )
     compare.add_argument("runs", type=Path, nargs="+")
     compare.add_argument("--report", type=Path, help="also write a self-contained HTML page here")
     listing = _verb(verbs, "list", _list, "what there is", "polytask list tasks")
-    listing.add_argument("what", choices=("tasks", "datasets", "backbones", "adapters", "necks", "heads", "balancers",
-                                          "pipelines", "actions", "recipes"))  # fmt: skip
+    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions recipes"
+    listing.add_argument("what", choices=kinds.split())
     listing.add_argument("pattern", nargs="?", default="*", help="for backbones, e.g. '*swin*'")
     show = _verb(verbs, "show", _show, "the fully resolved recipe", "polytask show rooms/mtlora")
     _recipe_options(show)
@@ -102,44 +120,58 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, run: Verb, text: str, example: str) -> argparse.ArgumentParser:
-    added: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    added: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, epilog=f"example: {example}"
+    )
     added.set_defaults(verb=run)
     added.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     return added
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 on is needed, got {text!r}")
+    return int(text)
+
+
 def _recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", type=Path, nargs="?", help="YAML file, or name of a shipped recipe")
     verb.add_argument("--cfg", type=Path, help="same as RECIPE")
-    verb.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="change one value")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="A.B=V", dest="sets", help="change one value"
+    )
     verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
 
 
 def _data_verbs(verbs: Any) -> None:
-    data = verbs.add_parser("data", help="look at a dataset").add_subparsers(required=True, metavar="VERB")
+    group = verbs.add_parser("data", help="look at a dataset", description="look at a dataset",
+                             epilog="example: polytask data verify rooms")  # fmt: skip
+    data = group.add_subparsers(required=True, metavar="VERB")
     check = _verb(data, "verify", _data_verify, "check every file; exit 3 with a list of problems",
                   "polytask data verify pascal_context DIR")  # fmt: skip
     look = _verb(data, "preview", _data_preview, "contact sheet of samples with all labels",
                  "polytask data preview rooms --output rooms.png")  # fmt: skip
     look.add_argument("--output", type=Path, default=Path("preview.png"))
-    look.add_argument("--count", type=int, default=6)
+    look.add_argument("--count", type=_count, default=6, help="how many samples")
     for verb in (check, look):
         verb.add_argument("name", help="see `polytask list datasets`")
         verb.add_argument("root", type=Path, nargs="?", help="folder of the dataset")
-        verb.add_argument("--set", action="append", default=[], metavar="A=V", dest="sets", help="change one setting")
+        verb.add_argument(
+            "--set", action="append", default=[], metavar="A=V", dest="sets", help="change one setting"
+        )
         verb.add_argument("--split", help="default: all (verify) or the first (preview)")
 
 
 # --- verbs -----------------------------------------------------------------------------------------
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> Recipe:
     from polytask.errors import ConfigError
     from polytask.recipe import load_recipe
 
+    if (args.recipe is None) == (args.cfg is None):
+        raise ConfigError("name one recipe", where="RECIPE or --cfg", hint="see: polytask list recipes")
     path = args.recipe or args.cfg
-    if path is None:
-        raise ConfigError("name a recipe", hint="polytask list recipes")
     if len(args.opts) % 2:
         raise ConfigError("--opts takes pairs of key and value", got=" ".join(args.opts))
     pairs = [f"{key}={value}" for key, value in zip(args.opts[::2], args.opts[1::2], strict=True)]
@@ -150,29 +182,38 @@ def _train(args: argparse.Namespace) -> int:
     recipe = _load(args)
     run = args.output or Path("runs") / recipe.name
     if args.slurm is not None:
-        return _submit(args, run)
+        return _submit(args, recipe, run)
     from polytask import parallel
     from polytask.engine.launch import train
+    from polytask.tables import print_scores
 
     scores = train(recipe, run, resume=args.resume)
     if parallel.rank() == 0:
         say(f"run: {run}")
-        _print_scores(scores)
+        print_scores(scores)
         if args.json:
             emit({"run": str(run), "scores": scores})
     return 0
 
 
-def _submit(args: argparse.Namespace, run: Path) -> int:
-    from polytask.config import parse_yaml
+def _submit(args: argparse.Namespace, recipe: Recipe, run: Path) -> int:
     from polytask.engine.launch import submit
+    from polytask.engine.trainer import check_folder
     from polytask.errors import ConfigError
+    from polytask.files import parse_yaml
 
+    check_folder(run, recipe, resume=args.resume)
     for text in args.slurm:
         if "=" not in text:
             raise ConfigError("settings look like KEY=VALUE", where="--slurm", got=text)
     settings = {k: parse_yaml(v, "--slurm") for k, _, v in (text.partition("=") for text in args.slurm)}
-    words = ["train", str(args.recipe or args.cfg), "--output", str(run), *(["--resume"] if args.resume else [])]
+    words = [
+        "train",
+        str(args.recipe or args.cfg),
+        "--output",
+        str(run),
+        *(["--resume"] if args.resume else []),
+    ]
     words += [word for text in args.sets for word in ("--set", text)]
     words += ["--opts", *args.opts] if args.opts else []
     job = submit(words, run / "slurm", settings)
@@ -184,9 +225,10 @@ def _submit(args: argparse.Namespace, run: Path) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from polytask.runs import Run, score
+    from polytask.tables import print_scores
 
     scores = score(Run(args.run), checkpoint=args.checkpoint, split=args.split)
-    _print_scores(scores)
+    print_scores(scores)
     if args.json:
         emit({"run": str(args.run), "scores": scores})
     return 0
@@ -197,8 +239,10 @@ def _predict(args: argparse.Namespace) -> int:
     from polytask.runs import Run
 
     output = args.output or args.run / "predictions"
-    tasks = args.tasks.split(",") if args.tasks else None
-    results = predict_files(Run(args.run), args.images, output, tasks=tasks, checkpoint=args.checkpoint, raw=args.raw)
+    tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else None
+    results = predict_files(
+        Run(args.run), args.images, output, tasks=tasks, checkpoint=args.checkpoint, raw=args.raw
+    )
     for result in results:
         say("  ".join(f"{key}: {value}" for key, value in result.items()))
     if args.json:
@@ -208,13 +252,10 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> int:
     from polytask.cost import profile
-    from polytask.runs import Run
+    from polytask.tables import print_cost
 
-    path = args.recipe or args.cfg
-    is_run = path is not None and (path / "recipe.yaml").exists()
-    report = profile(Run(path).recipe if is_run else _load(args), repeats=args.repeats)
-    rows = [(key.replace("_", " "), _readable(key, value)) for key, value in report.as_dict().items()]
-    _table("cost of one image (1 MAC = 2 FLOPs)", ["figure", "value"], rows)
+    report = profile(_load(args), repeats=args.repeats)
+    print_cost(report.as_dict())
     if args.json:
         emit(report.as_dict())
     return 0
@@ -222,6 +263,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from polytask.report import compare, write_report
+    from polytask.tables import print_comparison
 
     comparison = write_report(args.runs, args.report) if args.report else compare(args.runs)
     print_comparison(comparison)
@@ -234,20 +276,22 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from polytask.catalog import catalog
+    from polytask.tables import table
 
     rows = catalog(args.what, args.pattern)
-    _table(args.what, ["name", "what it is"], rows)
+    table(args.what, ["name", "what it is"], rows)
     if args.json:
         emit([{"name": name, "description": text} for name, text in rows])
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
-    from polytask.config import dump_yaml, encode, json_schema
-    from polytask.recipe import Recipe
+    from polytask.config import encode
+    from polytask.files import dump_yaml
+    from polytask.recipe import recipe_schema
 
     if args.schema:
-        emit(json_schema(Recipe))
+        emit(recipe_schema())
         return 0
     data = encode(_load(args))
     if args.json:
@@ -265,25 +309,36 @@ def _dataset(args: argparse.Namespace) -> Any:
 
 def _data_verify(args: argparse.Namespace) -> int:
     from polytask.data.base import verify
+    from polytask.tables import table
 
     report = verify(_dataset(args), [args.split] if args.split else None)
-    _table("samples", ["split", "count"], [(split, str(count)) for split, count in report.counts.items()])
-    labels = [(task, ", ".join(f"{v}: {n}" for v, n in sorted(seen.items()))) for task, seen in report.histograms.items()]
+    table("samples", ["split", "count"], [(split, str(count)) for split, count in report.counts.items()])
+    labels = [
+        (task, ", ".join(f"{v}: {n}" for v, n in sorted(seen.items())))
+        for task, seen in report.histograms.items()
+    ]
     labels += [(task, f"{low:.4g} to {high:.4g}") for task, (low, high) in report.ranges.items()]
-    _table("labels", ["task", "values (pixels or images)"], labels)
+    table("labels", ["task", "values (pixels or images)"], labels)
     for problem in report.problems:
         say(f"problem: {problem}")
     say("no problems" if not report.problems else f"{len(report.problems)} problems")
     if args.json:
-        emit({"counts": report.counts, "histograms": report.histograms, "ranges": report.ranges, "problems": report.problems})
+        emit(
+            {
+                "counts": report.counts,
+                "histograms": report.histograms,
+                "ranges": report.ranges,
+                "problems": report.problems,
+            }
+        )
     return 3 if report.problems else 0
 
 
 def _data_preview(args: argparse.Namespace) -> int:
-    from polytask.viz import contact_sheet
+    from polytask.viz import contact_sheet, save_picture
 
     spec = _dataset(args)
-    contact_sheet(spec, args.split or spec.SPLITS[0], args.count).save(args.output)
+    save_picture(contact_sheet(spec, args.split or spec.SPLITS[0], max(args.count, 1)), args.output)
     say(f"preview: {args.output}")
     if args.json:
         emit({"preview": str(args.output)})
@@ -292,6 +347,7 @@ def _data_preview(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from polytask.demo import run_demo
+    from polytask.tables import print_comparison
 
     comparison, page = run_demo(args.output, say)
     print_comparison(comparison)
@@ -299,51 +355,3 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         emit(comparison.as_dict())
     return 0
-
-
-# --- tables ----------------------------------------------------------------------------------------
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(stderr=True).print(table)
-
-
-def _print_scores(scores: dict[str, dict[str, float]]) -> None:
-    rows = [(task, name, f"{value:.3f}") for task, values in scores.items() for name, value in values.items()]
-    _table("scores", ["task", "metric", "value"], rows)
-
-
-def print_comparison(comparison: Comparison) -> None:
-    """The table of a comparison."""
-    heads = [f"{task} {metric} {'↑' if up else '↓'}" for task, (metric, up) in comparison.tasks.items()]
-    rows = [
-        [
-            row.name,
-            *(f"{row.scores[task]:.2f}" if task in row.scores else "–" for task in comparison.tasks),
-            "–" if row.delta_m is None else f"{row.delta_m:+.2f}",
-            f"{row.trainable / 1e6:.3f}",
-            f"{row.total / 1e6:.3f}",
-            f"{row.macs / 1e9:.3f}",
-            f"{row.train_seconds:.0f}",
-        ]
-        for row in comparison.rows
-    ]
-    _table("comparison", ["run", *heads, "Δm %", "trainable M", "parameters M", "GMACs", "train s"], rows)
-
-
-def _readable(key: str, value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value / 1e9:.3f} G" if key.startswith("macs") else f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v:,}" for k, v in value.items())
-    return " x ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,4 +1,4 @@
-"""Strict YAML to frozen typed objects and back: files, inheritance, overrides, slots and sentences.
+"""Plain data to frozen typed objects and back: specs, slots and the sentences about what does not fit.
 
 A *spec* is a frozen pydantic model that is both schema and constructor argument. A *slot* is a field
 that holds one of several registered specs, told apart by their ``type`` key.
@@ -7,22 +7,39 @@ that holds one of several registered specs, told apart by their ``type`` key.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails, core_schema
 
-from polytask.errors import ConfigError, ConfigErrors, did_you_mean
-
-MAX_INHERITANCE = 3
+from polytask.errors import ConfigError, ConfigErrors, nearest
+from polytask.files import expand_name
 
 
 class Spec(BaseModel):
     """Base of everything that can stand in a recipe: frozen, keyword-only, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    PENALTIES: ClassVar[tuple[str, ...]] = ()
+    """Names of the auxiliary losses that modules built from this spec record."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads a bare yes, no, on or off as a boolean, which would pass for 1 or 0."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"a number is needed, got {value}")
+        return value
 
 
 S = TypeVar("S", bound=Spec)
@@ -41,15 +58,21 @@ def register(slot: str) -> Callable[[type[S]], type[S]]:
         global _stale
         field = cls.model_fields.get("type")
         if field is None or not isinstance(field.default, str):
-            raise ConfigError("a registered spec needs a field `type` with its name as default", where=cls.__name__)
+            raise ConfigError(
+                "a registered spec needs a field `type` with its name as default", where=cls.__name__
+            )
         taken = _registry.setdefault(slot, {}).get(field.default)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ConfigError(f"{slot} {field.default!r} is already registered by {taken.__qualname__}")
+        if taken is not None and _full_name(taken) != _full_name(cls):
+            raise ConfigError(f"{slot} {field.default!r} is already registered by {_full_name(taken)}")
         _registry[slot][field.default] = cls
         _stale = True
         return cls
 
     return add
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def registered(slot: str) -> Mapping[str, type[Spec]]:
@@ -73,20 +96,20 @@ class Slot:
         if not choices:  # nothing registered yet: the first registration rebuilds
             return core_schema.any_schema()
         union = core_schema.tagged_union_schema(choices, discriminator="type")
-        return core_schema.no_info_before_validator_function(_expand_name, union)
+        either = core_schema.union_schema([core_schema.literal_schema(list(choices)), union])
+        return core_schema.no_info_before_validator_function(
+            expand_name, union, json_schema_input_schema=either
+        )
 
 
-def _expand_name(value: object) -> object:
-    return {"type": value} if isinstance(value, str) else value
-
-
-def decode(cls: type[S], data: object, *, source: str = "recipe") -> S:
+def decode(cls: type[S], data: object, *, source: str = "", at: str = "") -> S:
     """Check plain data against a spec class.
 
     Args:
         cls: the spec class to build.
         data: nested mappings, sequences and scalars, as YAML yields them.
         source: name of the file, for the messages.
+        at: YAML path of the data inside the file.
 
     Raises:
         ConfigErrors: lists every problem with its path, value and a hint.
@@ -95,8 +118,9 @@ def decode(cls: type[S], data: object, *, source: str = "recipe") -> S:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        problems = [_sentence(cls, data, details) for details in error.errors(include_url=False)]
-        raise ConfigErrors([f"{source}: {problem}" for problem in dict.fromkeys(problems)]) from None
+        problems = sentences(cls, data, error)
+    above = f"{at}." if at else ""
+    raise ConfigErrors([f"{above}{problem}" for problem in problems]).below(source)
 
 
 def encode(spec: Spec) -> dict[str, Any]:
@@ -126,138 +150,64 @@ def _subclasses(cls: type[Spec]) -> Iterator[type[Spec]]:
         yield child
 
 
-# --- files -----------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, which YAML would silently let overwrite each other."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
-    return dict(zip(keys, (loader.construct_object(v, deep=True) for _, v in node.value), strict=True))
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with its ``base:`` files merged below it, nearest file winning.
-
-    Raises:
-        ConfigError: file missing, not YAML, not a mapping, inheritance cycle or deeper than three.
-    """
-    return _load(path, ())
-
-
-def _load(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    where, resolved = str(path), path.resolve()
-    if resolved in children:
-        raise ConfigError("`base:` leads back to the same file", where=where)
-    if len(children) > MAX_INHERITANCE:
-        raise ConfigError(f"`base:` is nested deeper than {MAX_INHERITANCE} files", where=where)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe cannot be read ({error})", where=where, hint="check the path") from None
-    data = parse_yaml(text, where)
-    if not isinstance(data, dict):
-        raise ConfigError("recipe is not a mapping of keys", where=where, got=type(data).__name__)
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    if not isinstance(base, str):
-        raise ConfigError("`base` must be one path", where=where, got=base)
-    return merge(_load(path.parent / base, (*children, resolved)), data)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text; a syntax error names line and column."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise ConfigError(f"not valid YAML ({getattr(error, 'problem', error)})", where=place) from None
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge; ``above`` wins. A mapping with another ``type`` replaces instead of merging."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        same_kind = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if same_kind and value.get("type", old.get("type")) == old.get("type"):  # type: ignore[union-attr]
-            merged[key] = merge(old, value)  # type: ignore[arg-type]
-        else:
-            merged[key] = value
-    return merged
-
-
-def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply ``a.b.0.c=VALUE`` texts (values parse as YAML) before decoding.
-
-    Raises:
-        ConfigError: no ``=`` in the text, or a path that runs through a scalar or past a list's end.
-    """
-    for text in assignments:
-        path, equals, value = text.partition("=")
-        if not equals or not path:
-            raise ConfigError("an override must look like a.b=value", where="--set", got=text)
-        data = _assign(data, path.split("."), parse_yaml(value, f"--set {path}"), path)
-    return data
-
-
-def _assign(node: Any, keys: list[str], value: Any, path: str) -> Any:
-    if not keys:
-        return value
-    key, rest = keys[0], keys[1:]
-    if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ConfigError("no such list item", where=f"--set {path}", got=key, expected=f"0 to {len(node) - 1}")
-        return [_assign(item, rest, value, path) if i == int(key) else item for i, item in enumerate(node)]
-    if isinstance(node, str):  # a bare name in a slot, about to get settings
-        node = {"type": node}
-    if node is None:
-        node = {}
-    if not isinstance(node, dict):
-        raise ConfigError("the path runs through a plain value", where=f"--set {path}", got=node)
-    return {**node, key: _assign(node.get(key), rest, value, path)}
-
-
-def dump_yaml(data: Mapping[str, Any]) -> str:
-    """YAML text in the order of the keys, short lists on one line."""
-    text: str = yaml.dump(dict(data), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-    return text
-
-
 # --- sentences -------------------------------------------------------------------------------------
 
 
-def _sentence(cls: type[Spec], data: object, details: ErrorDetails) -> str:
-    path, owner = _locate(cls, data, details["loc"])
+def sentences(cls: type[Spec], data: object, error: ValidationError) -> list[str]:
+    """One sentence per problem, beginning with its path, without those that only repeat a deeper one."""
+    found: dict[str, str] = {}
+    for details in error.errors(include_url=False):
+        path, owner = _locate(cls, data, details["loc"])
+        text = _sentence(cls, owner, path, details)
+        if path in found and text != found[path]:  # members of a union
+            text = f"{found[path]}, or {text}"
+        found[path] = text
+    deepest = {p: t for p, t in found.items() if not any(p and other.startswith(f"{p}.") for other in found)}
+    return [f"{path}: {text}" if path else text for path, text in deepest.items()]
+
+
+_WORDS = {
+    "a valid dictionary or object to extract fields from": "a mapping or a name",
+    "a valid dictionary": "a mapping",
+    "a valid tuple": "a list",
+    "Tuple": "List",
+    " after validation": "",
+}
+
+
+def _sentence(cls: type[Spec], owner: type[Spec] | None, path: str, details: ErrorDetails) -> str:
     kind, got = details["type"], details["input"]
-    fields = list(owner.model_fields) if owner else []
-    if kind == "extra_forbidden":
-        key = path.rpartition(".")[2]
-        return f"{path}: unknown key; {did_you_mean(key, fields)} ({_label(owner)} takes {', '.join(fields)})"
-    if kind == "missing":
-        return f"{path}: required key is missing"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        known = [tag.strip().strip("'") for tag in details.get("ctx", {}).get("expected_tags", "").split(",")]
-        name = got.get("type") if isinstance(got, Mapping) else got
-        names = list(filter(None, known)) or list(registered(_slot_at(cls, details["loc"]) or ""))
-        return f"{path}.type: unknown name {name!r}; {did_you_mean(str(name), names)} (known: {', '.join(names)})"
     message = details["msg"].removeprefix("Value error, ")
+    for jargon, word in _WORDS.items():
+        message = message.replace(jargon, word)
+    if kind == "extra_forbidden":
+        fields = list(owner.model_fields) if owner else []
+        guess = _guess(path.rpartition(".")[2], fields)
+        return f"unknown key{guess} ({_label(owner)} takes {', '.join(fields)})"
+    if kind == "missing":
+        return "required key is missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _unknown_name(got, list(registered(_slot_at(cls, details["loc"]) or "")))
     if kind == "value_error":
-        return f"{path}: {message}" if path else message
+        return message
     hint = ""
-    if kind in ("literal_error", "enum") and isinstance(got, str):
-        hint = f"; {did_you_mean(got, details['ctx']['expected'].replace(' or ', ', ').replace(chr(39), '').split(', '))}"
-    return f"{path}: {message[0].lower()}{message[1:]}, got {got!r}{hint}"
+    if kind == "literal_error" and isinstance(got, str):
+        hint = _guess(got, details["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", "))
+    elif isinstance(got, bool):
+        hint = "; YAML reads a bare yes, no, on or off as a boolean, so put it in quotes"
+    return f"{message[0].lower()}{message[1:]}, got {got!r}{hint}"
+
+
+def _unknown_name(got: object, names: list[str]) -> str:
+    name = got.get("type") if isinstance(got, Mapping) else got
+    if name is None:
+        return f"`type` is missing; known: {', '.join(names)}"
+    return f"unknown name {name!r}{_guess(str(name), names)} (known: {', '.join(names)})"
+
+
+def _guess(word: str, known: Sequence[str]) -> str:
+    close = nearest(word, known)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def _label(owner: type[Spec] | None) -> str:
@@ -283,8 +233,15 @@ def _locate(cls: type[Spec], data: object, loc: tuple[int | str, ...]) -> tuple[
             target = _target([*field.metadata, field.annotation]) if field else None
         elif isinstance(key, int) or (isinstance(data, Mapping) and key in data):  # else: a member of a union
             path.append(str(key))
-            data = data[key] if isinstance(data, (Mapping, Sequence)) else None  # type: ignore[index,call-overload]
+            data = _inside(data, key)
     return ".".join(path), owner
+
+
+def _inside(data: object, key: int | str) -> object:
+    if isinstance(data, Mapping):
+        return data.get(key)
+    is_item = isinstance(data, Sequence) and isinstance(key, int) and key < len(data)
+    return data[key] if is_item else None  # type: ignore[index]
 
 
 def _slot_at(cls: type[Spec], loc: tuple[int | str, ...]) -> str | None:

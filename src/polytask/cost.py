@@ -16,10 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from polytask import types
+from polytask.adapters.base import Mergeable
 from polytask.engine.checkpoint import weights_to_save
-from polytask.engine.trainer import choose_device
 from polytask.errors import PolytaskWarning
 from polytask.model import MultiTaskModel
+from polytask.parallel import choose_device
 from polytask.recipe import Recipe
 from polytask.tasks.base import TaskSet
 
@@ -68,7 +69,12 @@ class CostReport:
 
 
 def cost(
-    model: MultiTaskModel, tasks: TaskSet, image_size: tuple[int, int], *, repeats: int = 5, memory: bool = True
+    model: MultiTaskModel,
+    tasks: TaskSet,
+    image_size: tuple[int, int],
+    *,
+    repeats: int = 5,
+    memory: bool = True,
 ) -> CostReport:
     """Measure a model.
 
@@ -84,8 +90,7 @@ def cost(
     names = tuple(tasks)
     part = model.partition()
     trainable = dict(part.trainable())
-    trunk = {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
-    original = {name for name, _ in model.named_parameters() if _is_original(name)}
+    branches = branch_parameters(model)
     weights, _ = weights_to_save(model, list(trainable))
     merged = model.merged()
     return CostReport(
@@ -95,8 +100,8 @@ def cost(
         trainable=types.count(trainable),
         trainable_shared=types.count(part.shared),
         trainable_per_task={task: types.count(p) for task, p in part.per_task.items()},
-        adapter=types.count({n: p for n, p in trainable.items() if n in trunk - original}),
-        decoder=types.count({n: p for n, p in trainable.items() if n not in trunk}),
+        adapter=types.count({n: p for n, p in trainable.items() if n in branches}),
+        decoder=types.count({n: p for n, p in trainable.items() if not n.startswith("backbone.")}),
         stored_bytes=sum(w.numel() * w.element_size() for w in weights.values()),
         macs_executed=count_macs(model, image, names),
         macs_merged=count_macs(merged, image, names),
@@ -107,19 +112,24 @@ def cost(
     )
 
 
-def _is_original(name: str) -> bool:
-    """Whether a backbone parameter belongs to the timm network rather than to a wrapper's branches."""
-    pieces = name.split(".")
-    return not {"shared", "tasks"} & set(pieces)
+def branch_parameters(model: nn.Module) -> set[str]:
+    """Names of what wrappers own besides the ``base`` layer of the original network."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, Mergeable)
+        for name, _ in module.named_parameters()
+        if not name.startswith("base.")
+    }
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """A mode for the time being; every module gets its own back."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -140,15 +150,16 @@ def unfused_attention(model: nn.Module) -> Iterator[None]:
 
 def count_macs(model: nn.Module, image: Tensor, tasks: Sequence[str]) -> int:
     """Multiply-accumulates of the matrix products and convolutions that one forward pass executed."""
-    with _eval_mode(model), unfused_attention(model), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), _mode(model, training=False), unfused_attention(model), counter:
         model(image, tasks)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def latency(model: nn.Module, image: Tensor, tasks: Sequence[str], repeats: int) -> float:
     """Median milliseconds of a forward pass, after one warm-up."""
     times = []
-    with _eval_mode(model):
+    with torch.no_grad(), _mode(model, training=False):
         for _ in range(repeats + 1):
             started = time.perf_counter()
             model(image, tasks)
@@ -169,14 +180,11 @@ def saved_activations(model: MultiTaskModel, image: Tensor, tasks: Sequence[str]
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    was_training = model.training
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    model.train()
-    with saved_tensors_hooks(pack, lambda x: x):
+    with _mode(model, training=True), torch.random.fork_rng(), saved_tensors_hooks(pack, lambda x: x):
         output = model(torch.cat([image, image]), tasks)  # two: batch norm needs more than one value
     total = sum(seen.values()) // 2
     del output
-    model.train(was_training)
     with torch.no_grad():
         for name, value in model.named_buffers():
             value.copy_(buffers[name])

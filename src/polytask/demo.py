@@ -1,4 +1,4 @@
-"""The demonstration: single-task models, hard sharing and MTLoRA on the embedded rooms, and a page about them."""
+"""The demonstration: single-task models, hard sharing and MTLoRA on the rooms, and a page about them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polytask.engine.launch import train
+from polytask.engine.trainer import check_folder
 from polytask.recipe import load_recipe, recipe_folder
 from polytask.report import Comparison, write_report
 
@@ -18,6 +19,9 @@ def run_demo(output: Path, say: Callable[[str], None]) -> tuple[Comparison, Path
 
     Runs that are complete are kept, an interrupted one is resumed.
 
+    Raises:
+        ConfigError: a folder there holds a run of another recipe.
+
     Returns:
         the comparison and the path of the page.
     """
@@ -27,11 +31,14 @@ def run_demo(output: Path, say: Callable[[str], None]) -> tuple[Comparison, Path
         recipe = load_recipe(Path(f"{FOLDER}/{name}"))
         run = output / recipe.name
         runs.append(run)
+        resume = (run / "recipe.yaml").exists()
+        if resume:
+            check_folder(run, recipe, resume=True)
         if (run / "cost.json").exists():
             say(f"[{number}/{len(names)}] {recipe.name}: already done")
             continue
         started = time.monotonic()
-        train(recipe, run, resume=(run / "recipe.yaml").exists())
+        train(recipe, run, resume=resume)
         say(f"[{number}/{len(names)}] {recipe.name}: {time.monotonic() - started:.0f} s")
     page = output / "report.html"
     comparison = write_report(runs, page, title="polytask demo: multi-task learning on rooms")

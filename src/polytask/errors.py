@@ -77,6 +77,13 @@ class ConfigErrors(ConfigError):
         super().__init__("\n".join(problems))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+    def below(self, place: str) -> ConfigErrors:
+        """The same problems, each with a file or path named before it."""
+        return ConfigErrors([f"{place}: {problem}" for problem in self.problems]) if place else self
+
 
 class MissingDependencyError(ConfigError):
     """An optional package is needed and not installed."""

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler  # type: ignore[attr-defined]
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -16,7 +16,7 @@ from polytask.errors import ConfigError
 
 
 class OptimSpec(Spec):
-    """Optimizer and schedule. Learning rates are multiplied by ``batch_size / lr_per_batch`` if that is set."""
+    """Optimizer and schedule; ``lr_per_batch`` multiplies learning rates by ``batch_size / lr_per_batch``."""
 
     type: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
@@ -28,16 +28,22 @@ class OptimSpec(Spec):
     warmup_lr: float = Field(default=0.0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     power: float = Field(default=0.9, gt=0, description="poly only")
-    lr_per_batch: int | None = Field(default=None, ge=1, description="batch size the rates are meant for, e.g. 512")
+    lr_per_batch: int | None = Field(
+        default=None, ge=1, description="batch size the rates are meant for, e.g. 512"
+    )
     clip_norm: float | None = Field(default=5.0, gt=0, description="global gradient norm; null for none")
 
-    def optimizer(self, model: nn.Module, extra: list[nn.Parameter], batch_size: int) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: nn.Module, extra: list[nn.Parameter], batch_size: int
+    ) -> torch.optim.Optimizer:
         """Optimizer over the trainable parameters; vectors and biases, and ``extra``, are not decayed.
 
         Raises:
             ConfigError: nothing trains.
         """
-        groups: list[dict[str, Any]] = [g for g in param_groups_weight_decay(model, self.weight_decay) if g["params"]]
+        groups: list[dict[str, Any]] = [
+            g for g in param_groups_weight_decay(model, self.weight_decay) if g["params"]
+        ]
         if not groups:
             raise ConfigError("no parameter of the model trains", where="phases", hint="unfreeze something")
         if extra:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-
-from polytask.errors import ConfigError
 from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from polytask.errors import ConfigError, PolytaskError
 
 
 def world() -> int:
@@ -25,6 +26,27 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of this process; ``auto`` takes CUDA if there is any.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"no such device ({error})", where="run.device", got=name) from None
+    if device.type == "cuda":
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise ConfigError("no such CUDA device", where="run.device", got=name, hint="use run.device=cpu")
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return device
+
+
 def start(device: torch.device) -> bool:
     """Join the process group that ``torchrun`` (or SLURM with it) describes in the environment.
 
@@ -35,6 +57,20 @@ def start(device: torch.device) -> bool:
         return False
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return True
+
+
+def first(action: Callable[[], None]) -> None:
+    """Run an action in the first process while the others wait; what it refuses, all of them raise."""
+    problem: list[PolytaskError | None] = [None]
+    if rank() == 0:
+        try:
+            action()
+        except PolytaskError as error:
+            problem = [error]
+    if world() > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -65,7 +101,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in used])
     dist.all_reduce(flat)
-    for parameter, piece in zip(used, flat.split([p.numel() for p in used]), strict=True):
+    for parameter, piece in zip(used, torch.split(flat, [p.numel() for p in used]), strict=True):
         parameter.grad = piece.view_as(parameter)
 
 
@@ -86,8 +122,17 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply gradients by ``factor`` where that shrinks them."""
-    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, factor.clamp(max=1.0))
+    gradients = [
+        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None
+    ]
+    if gradients:
+        torch._foreach_mul_(gradients, factor.clamp(max=1.0))
+
+
+def finite(gradient: Tensor) -> bool:
+    """Whether all values, of this process's shard if it is sharded, are finite."""
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return bool(torch.isfinite(local).all())
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -96,34 +141,52 @@ class BatchNorm2d(nn.BatchNorm2d):
     torch's ``SyncBatchNorm`` refuses CPU tensors. With one process this is the plain layer.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+    def forward(self, input: Tensor) -> Tensor:
         """``[B, C, H, W]`` -> same shape."""
         if not self.training or world() == 1:
             return super().forward(input)
-        dims = (0, 2, 3)
-        local = torch.cat([input.sum(dims), (input * input).sum(dims), input.new_tensor([input.numel() / input.shape[1]])])
-        sums = differentiable_all_reduce(local)
-        first, second, count = sums.split([self.num_features, self.num_features, 1])
-        mean = first / count
-        variance = second / count - mean * mean
+        wide = input.float()  # sums over many pixels do not fit the precision of bfloat16
+        mean, variance, count = _moments(wide)
         self._track(mean.detach(), variance.detach(), count.detach())
         scale = torch.rsqrt(variance + self.eps)
         if self.affine:
             scale = scale * self.weight
-        shift = (self.bias if self.affine else 0) - mean * scale
-        return input * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        normed = (wide - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1)
+        if self.affine:
+            normed = normed + self.bias.view(1, -1, 1, 1)
+        return normed.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
             return
-        self.num_batches_tracked += 1  # type: ignore[operator]
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)  # type: ignore[arg-type]
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * count / (count - 1), momentum)
 
 
-def shard(net: nn.Module, blocks: Iterable[str]) -> None:
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance per channel and the number of values, over all processes, in one exchange.
+
+    Each process fills its own row of ``[world, 2 C + 1]`` with its mean, its squared deviations and its
+    count; the rows are then combined (Chan, Golub, LeVeque 1983), so that nothing cancels.
+    """
+    dims = (0, 2, 3)
+    own = x.mean(dims)
+    deviations = (x - own.view(1, -1, 1, 1)).square().sum(dims)
+    row = torch.cat([own, deviations, own.new_tensor([x.numel() / x.shape[1]])])
+    above, below = row.new_zeros(rank(), len(row)), row.new_zeros(world() - rank() - 1, len(row))
+    rows: Tensor = differentiable_all_reduce(  # type: ignore[no-untyped-call]
+        torch.cat([above, row[None], below])
+    )
+    means, squares, counts = torch.split(rows, [len(own), len(own), 1], dim=1)
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    return mean, (squares + counts * (means - mean).square()).sum(0) / count, count
+
+
+def shard(net: nn.Module, blocks: Iterable[str], device: torch.device) -> None:
     """FSDP2: keep each block's parameters sharded over all processes, gathered only while it runs.
 
     What lies outside the blocks stays replicated. Gradients are summed, as everywhere here.
@@ -137,7 +200,25 @@ def shard(net: nn.Module, blocks: Iterable[str]) -> None:
             "FSDP needs transformer blocks and a process group", where="run.parallel",
             got=f"{len(names)} blocks", hint="start with torchrun, or use run.parallel=replicated",
         )  # fmt: skip
+    mesh = init_device_mesh(device.type, (world(),))
     for name in names:
-        block = fully_shard(net.get_submodule(name))
+        block = fully_shard(net.get_submodule(name), mesh=mesh)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
+
+
+def full(value: Tensor) -> Tensor:
+    """The whole tensor, gathered if it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    target.copy_(like(target, value))
+
+
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, sharded if ``target`` of the same shape is."""
+    if isinstance(target, DTensor) and value.shape == target.shape:
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import safetensors.torch
+import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from polytask.config import Slot, Spec, register
-from polytask.optim import OptimSpec
 from polytask.errors import CheckpointError, ConfigError, did_you_mean
+from polytask.optim import OptimSpec
+from polytask.parallel import put
 
 
 class Action(Spec):
@@ -26,6 +28,9 @@ class Action(Spec):
     @abstractmethod
     def apply(self, model: nn.Module) -> None:
         """Change the model in place."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise what ``apply`` would raise, without changing anything; called before the first phase."""
 
 
 def matching(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Parameter]:
@@ -40,7 +45,11 @@ def matching(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Parame
         hits = {name: p for name, p in named.items() if fnmatchcase(name, pattern)}
         if not hits:
             tops = sorted({f"{name.split('.')[0]}.*" for name in named})
-            raise ConfigError(f"pattern {pattern!r} matches no parameter", where="phases.actions", hint=did_you_mean(pattern, tops))
+            raise ConfigError(
+                f"pattern {pattern!r} matches no parameter",
+                where="phases.actions",
+                hint=did_you_mean(pattern, tops),
+            )
         found |= hits
     return found
 
@@ -52,8 +61,12 @@ class Freeze(Action):
     type: Literal["freeze"] = "freeze"
     patterns: tuple[str, ...] = Field(min_length=1)
 
-    def apply(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises ConfigError for a pattern without match."""
+        matching(model, self.patterns)
+
+    def apply(self, model: nn.Module) -> None:
+        """Raises as ``check``."""
         for parameter in matching(model, self.patterns).values():
             parameter.requires_grad_(False)
 
@@ -65,8 +78,12 @@ class Unfreeze(Action):
     type: Literal["unfreeze"] = "unfreeze"
     patterns: tuple[str, ...] = Field(min_length=1)
 
-    def apply(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises ConfigError for a pattern without match."""
+        matching(model, self.patterns)
+
+    def apply(self, model: nn.Module) -> None:
+        """Raises as ``check``."""
         for parameter in matching(model, self.patterns).values():
             parameter.requires_grad_(True)
 
@@ -79,8 +96,18 @@ class Load(Action):
     path: Path
     prefix: str = ""
 
-    def apply(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises CheckpointError for a missing or damaged file, or tensors that do not fit."""
+        self._chosen(model.state_dict())
+
+    def apply(self, model: nn.Module) -> None:
+        """Raises as ``check``."""
+        own = model.state_dict()
+        with torch.no_grad():
+            for name, value in self._chosen(own).items():
+                put(own[name], value)
+
+    def _chosen(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         where = f"phases.actions load {self.path}"
         try:
             state = safetensors.torch.load_file(self.path)
@@ -88,19 +115,22 @@ class Load(Action):
             raise CheckpointError(f"file cannot be read ({error})", where=where) from None
         chosen = {name: value for name, value in state.items() if name.startswith(self.prefix)}
         if not chosen:
-            raise CheckpointError(f"no tensor begins with {self.prefix!r}", where=where, got=f"{len(state)} tensors")
-        own = model.state_dict()
+            raise CheckpointError(
+                f"no tensor begins with {self.prefix!r}", where=where, got=f"{len(state)} tensors"
+            )
         wrong = [n for n, v in chosen.items() if n not in own or own[n].shape != v.shape]
         if wrong:
             raise CheckpointError(f"{len(wrong)} tensors do not fit the model, first {wrong[0]}", where=where)
-        model.load_state_dict(chosen, strict=False)
+        return chosen
 
 
 class Objective(Spec):
     """What a phase minimizes: factors of task losses and of penalties, by name; absent means not in it."""
 
-    losses: dict[str, float] | None = Field(default=None, description="default: every task of the phase, factor 1")
-    penalties: dict[str, float] = {}
+    losses: dict[str, float] | None = Field(
+        default=None, description="default: every task of the phase, factor 1"
+    )
+    penalties: dict[str, float] = Field(default_factory=dict)
 
     def select(
         self, losses: Mapping[str, Tensor], penalties: Mapping[str, Tensor]
@@ -112,8 +142,11 @@ class Objective(Spec):
         """
         for name in self.penalties:
             if name not in penalties:
-                raise ConfigError(f"no part of the model emits penalty {name!r}", where="phases.objective.penalties",
-                                  hint=did_you_mean(name, penalties))  # fmt: skip
+                raise ConfigError(
+                    f"no part of the model emits penalty {name!r}",
+                    where="phases.objective.penalties",
+                    hint=did_you_mean(name, penalties),
+                )
         factors = self.losses if self.losses is not None else dict.fromkeys(losses, 1.0)
         return (
             {name: factors[name] * loss for name, loss in losses.items() if name in factors},

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as Pictures
-from PIL import UnidentifiedImageError
+from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.tv_tensors import Image
 
 from polytask.data.base import DatasetSpec
 from polytask.errors import DataError
+from polytask.files import make_folder
 from polytask.model import MultiTaskModel
 from polytask.progress import track
 from polytask.runs import Run
@@ -22,23 +23,27 @@ from polytask.tasks.base import TaskSet
 
 
 def read_image(path: Path) -> Tensor:
-    """A picture file as uint8 ``[3, H, W]``.
+    """A picture file, turned upright, as uint8 ``[3, H, W]``.
 
     Raises:
         DataError: missing, truncated or not a picture.
     """
     try:
         with Pictures.open(path) as picture:
-            array = np.asarray(picture.convert("RGB"))
+            array = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except FileNotFoundError:
         raise DataError("no such image", where=str(path)) from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"image cannot be read ({error})", where=str(path), hint="is the file complete?") from None
+    except (OSError, SyntaxError, ValueError, Pictures.DecompressionBombError) as error:
+        raise DataError(
+            f"image cannot be read ({error})", where=str(path), hint="is the file complete?"
+        ) from None
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
 @torch.no_grad()
-def predict_image(model: MultiTaskModel, tasks: TaskSet, data: DatasetSpec, image: Tensor) -> dict[str, Tensor]:
+def predict_image(
+    model: MultiTaskModel, tasks: TaskSet, data: DatasetSpec, image: Tensor
+) -> dict[str, Tensor]:
     """Predictions at the image's own size.
 
     Args:
@@ -52,16 +57,23 @@ def predict_image(model: MultiTaskModel, tasks: TaskSet, data: DatasetSpec, imag
     logits = model(sample["image"].as_subclass(Tensor)[None].to(device), tuple(tasks)).logits
     size = image.shape[-2:]
     own_size = {
-        name: F.interpolate(x.float(), size, mode="bilinear", align_corners=False) if x.ndim == 4 else x.float()
+        name: F.interpolate(x.float(), size, mode="bilinear", align_corners=False)
+        if x.ndim == 4
+        else x.float()
         for name, x in logits.items()
     }
     return {name: tasks[name].predict(x)[0].cpu() for name, x in own_size.items()}
 
 
 def predict_files(
-    run: Run, images: Sequence[Path], output: Path, *, tasks: Sequence[str] | None = None, checkpoint: str = "last",
+    run: Run,
+    images: Sequence[Path],
+    output: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    checkpoint: str = "last",
     raw: bool = False,
-) -> list[dict[str, str]]:  # fmt: skip
+) -> list[dict[str, str]]:
     """Write one picture per image and dense task (and ``.npy`` values with ``raw``).
 
     Returns:
@@ -76,19 +88,33 @@ def predict_files(
     for path in images:
         read_image(path)
     model = run.model(checkpoint).merged()
-    output.mkdir(parents=True, exist_ok=True)
-    return [_write(run, model, chosen, path, output, raw) for path in track(images, "predict")]
+    make_folder(output, "--output")
+    results = []
+    for path, stem in zip(track(images, "predict"), file_stems(images), strict=True):
+        predicted = predict_image(model, chosen, run.recipe.data, read_image(path))
+        results.append({"image": str(path), **_write(chosen, predicted, output / stem, raw)})
+    return results
 
 
-def _write(run: Run, model: MultiTaskModel, tasks: TaskSet, path: Path, output: Path, raw: bool) -> dict[str, str]:
-    predicted = predict_image(model, tasks, run.recipe.data, read_image(path))
-    result = {"image": str(path)}
+def file_stems(images: Sequence[Path]) -> list[str]:
+    """A name per image for its results; images of one name in several folders get numbers."""
+    stems: list[str] = []
+    for path in images:
+        stem, number = path.stem, 2
+        while stem in stems:
+            stem, number = f"{path.stem}-{number}", number + 1
+        stems.append(stem)
+    return stems
+
+
+def _write(tasks: TaskSet, predicted: Mapping[str, Tensor], base: Path, raw: bool) -> dict[str, str]:
+    result = {}
     for name, value in predicted.items():
         array = value.numpy()
         if not tasks[name].dense:
             result[name] = tasks[name].caption(array)
             continue
-        file = output / f"{path.stem}_{name}.png"
+        file = base.with_name(f"{base.name}_{name}.png")
         Pictures.fromarray(tasks[name].colorize(array)).save(file)
         result[name] = str(file)
         if raw:

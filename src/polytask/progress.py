@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         total: number of items, if ``items`` has no length.
     """
     if total is None:
-        total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+        total = len(items) if isinstance(items, Sized) else None
     if _quiet:
         yield from items
     elif sys.stderr.isatty():

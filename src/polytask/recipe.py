@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, create_model, field_validator
 
 from polytask import balancers as _balancers  # noqa: F401 - registers
-from polytask.data import datasets as _datasets  # noqa: F401 - registers
 from polytask import tasks as _tasks  # noqa: F401 - registers
 from polytask.balancers.base import BalancerSpec
 from polytask.balancers.scalar import FixedSpec
-from polytask.config import Slot, Spec, decode, encode, load_yaml, override, registered
+from polytask.config import Slot, Spec, decode, encode, json_schema, registered
+from polytask.data import datasets as _datasets  # noqa: F401 - registers
 from polytask.data.base import DatasetSpec
-from polytask.optim import OptimSpec
 from polytask.errors import ConfigError, ConfigErrors, PolytaskError, did_you_mean
+from polytask.files import load_yaml, override
 from polytask.model import ModelSpec
+from polytask.optim import OptimSpec
 from polytask.phases import PhaseSpec
 from polytask.tasks.base import Task, TaskSet
 
@@ -25,10 +26,16 @@ from polytask.tasks.base import Task, TaskSet
 class RunSpec(Spec):
     """How a run proceeds and what it leaves behind."""
 
-    eval_every: int = Field(default=1, ge=0, description="epochs between evaluations; 0: at the end of each phase only")
-    checkpoint_every: int | None = Field(default=None, ge=1, description="steps between checkpoints; default: per epoch")
+    eval_every: int = Field(
+        default=1, ge=0, description="epochs between evaluations; 0: at the end of each phase only"
+    )
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; default: per epoch"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = Field(default="auto", description="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, …")
+    device: str = Field(
+        default="auto", description="auto (CUDA if there is one, else CPU), cpu, cuda, cuda:1, …"
+    )
     parallel: Literal["replicated", "fsdp"] = Field(default="replicated", description="of several processes")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     train_split: str = "train"
@@ -43,23 +50,34 @@ class Recipe(Spec):
     name: str = "run"
     seed: int = Field(default=0, ge=0)
     data: Annotated[DatasetSpec, Slot("data")]
-    tasks: dict[str, dict[str, Any]] = Field(description="names of the dataset's tasks, each with changed settings")
+    tasks: dict[str, dict[str, Any]] = Field(
+        description="names of the dataset's tasks, each with changed settings"
+    )
     model: ModelSpec
     balancer: Annotated[BalancerSpec, Slot("balancer")] = FixedSpec()
     optim: OptimSpec = OptimSpec()
     phases: tuple[PhaseSpec, ...] = Field(min_length=1)
     run: RunSpec = RunSpec()
 
-    @field_validator("tasks", mode="before")
+    @field_validator(
+        "tasks", mode="before", json_schema_input_type=list[str] | dict[str, dict[str, Any] | None]
+    )
     @classmethod
     def _names(cls, value: Any) -> Any:
         """A list of names is short for a mapping without changes."""
-        if isinstance(value, list):
-            repeated = sorted({str(name) for name in value if value.count(name) > 1})
-            if repeated:
-                raise ValueError(f"named twice: {', '.join(repeated)}")
-            return {name: {} for name in value}
-        return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, (list, tuple, dict)):
+            return value
+        wrong = [name for name in value if not isinstance(name, str)]
+        if wrong:
+            raise ValueError(
+                f"a list of names is needed, or a mapping of names to settings, got the name {wrong[0]!r}"
+            )
+        if isinstance(value, dict):
+            return {k: {} if v is None else v for k, v in value.items()}
+        repeated = sorted({name for name in value if value.count(name) > 1})
+        if repeated:
+            raise ValueError(f"named twice: {', '.join(repeated)}")
+        return {name: {} for name in value}
 
     def task_set(self) -> TaskSet:
         """The dataset's tasks with this recipe's changes.
@@ -68,7 +86,9 @@ class Recipe(Spec):
             ConfigErrors: empty, unknown or wrongly changed tasks.
         """
         if not self.tasks:
-            raise ConfigErrors([f"tasks: at least one task is needed; {self.data.type} has {', '.join(self.data.TASKS)}"])
+            raise ConfigErrors(
+                [f"tasks: at least one task is needed; {self.data.type} has {', '.join(self.data.TASKS)}"]
+            )
         built: dict[str, Task] = {}
         problems: list[str] = []
         for name, changes in self.tasks.items():
@@ -85,9 +105,12 @@ class Recipe(Spec):
         if known is None:
             hint = did_you_mean(name, self.data.TASKS)
             raise ConfigErrors([f"tasks.{name}: dataset {self.data.type!r} has no such task; {hint}"])
-        cls = registered("task").get(changes.get("type", known.type), type(known))
+        kind, kinds = changes.get("type", known.type), registered("task")
+        cls = kinds.get(kind) if isinstance(kind, str) else None
+        if cls is None:
+            raise ConfigErrors([f"tasks.{name}.type: {_unknown(str(kind), kinds, 'a kind of task')}"])
         below = encode(known) if cls is type(known) else {}
-        return decode(cls, {**below, **changes}, source=f"tasks.{name}")  # type: ignore[return-value]
+        return decode(cls, {**below, **changes}, at=f"tasks.{name}")  # type: ignore[return-value]
 
     def phase_tasks(self, phase: PhaseSpec) -> TaskSet:
         """The tasks a phase trains."""
@@ -100,26 +123,94 @@ class Recipe(Spec):
         Raises:
             ConfigErrors: with one sentence per problem.
         """
-        problems: list[str] = []
-        tasks = _collect(self.task_set, problems)
-        if tasks is not None:
-            for phase in self.phases:
-                _collect(lambda phase=phase: self.phase_tasks(phase), problems)
-                for name in phase.objective.losses or {}:
-                    if name not in tasks:
-                        problems.append(f"phases.objective.losses.{name}: not a task of this run; {did_you_mean(name, tasks)}")
-            _collect(lambda: self.balancer.build(tasks), problems)
-            for name in self.model.heads:
-                if name not in tasks:
-                    problems.append(f"model.heads.{name}: not a task of this run; {did_you_mean(name, tasks)}")
-            for name, task in tasks.items():
-                _collect(lambda name=name, task=task: self.model.head_of(name, task), problems)
-            if self.model.adapter is not None:
-                _collect(lambda: self.model.adapter.plan(tuple(tasks)), problems)  # type: ignore[union-attr]
-        for split in (self.run.train_split, self.run.eval_split):
-            _collect(lambda split=split: self.data.check_split(split), problems)
+        problems = _problems(self, frozenset(type(self).model_fields))
         if problems:
-            raise ConfigErrors(list(dict.fromkeys(problems)))
+            raise ConfigErrors(problems)
+
+
+# --- checks across parts ---------------------------------------------------------------------------
+
+
+def _problems(recipe: Recipe, good: frozenset[str]) -> list[str]:
+    """Problems between the parts of a recipe, as far as they are ``good``, that is right in themselves."""
+    problems: list[str] = []
+    if {"data", "run"} <= good:
+        for field, split in (("train_split", recipe.run.train_split), ("eval_split", recipe.run.eval_split)):
+            if split not in recipe.data.SPLITS:
+                problems.append(
+                    f"run.{field}: {_unknown(split, recipe.data.SPLITS, f'a split of {recipe.data.type}')}"
+                )
+    if "model" in good and recipe.model.adapter is not None and recipe.model.freeze_backbone:
+        problems.append("model.freeze_backbone: an adapter decides itself what trains, so leave this out")
+    if {"model", "phases"} <= good:
+        problems += _penalty_problems(recipe)
+    tasks = _collect(recipe.task_set, problems) if {"data", "tasks"} <= good else None
+    if tasks is not None:
+        if "phases" in good:
+            for index, phase in enumerate(recipe.phases):
+                problems += _phase_problems(phase, tasks, f"phases.{index}")
+        if "balancer" in good:
+            _collect(lambda: recipe.balancer.build(tasks), problems)
+        if "model" in good:
+            problems += _model_problems(recipe.model, tasks)
+    return list(dict.fromkeys(problems))
+
+
+def _unknown(name: str, known: Collection[str], what: str) -> str:
+    return f"{name!r} is not {what}; {did_you_mean(name, known)}"
+
+
+def _penalty_problems(recipe: Recipe) -> list[str]:
+    emitted = sorted(_penalties(recipe.model))
+    return [
+        f"phases.{index}.objective.penalties.{name}: no part of the model emits it; "
+        f"{did_you_mean(name, emitted)}"
+        for index, phase in enumerate(recipe.phases)
+        for name in phase.objective.penalties
+        if name not in emitted
+    ]
+
+
+def _penalties(value: object) -> set[str]:
+    """Names of the penalties that a spec and the specs inside it emit."""
+    if isinstance(value, Spec):
+        return set(value.PENALTIES).union(
+            *(_penalties(getattr(value, name)) for name in type(value).model_fields)
+        )
+    return set().union(*map(_penalties, value.values())) if isinstance(value, dict) else set()
+
+
+def _phase_problems(phase: PhaseSpec, tasks: TaskSet, where: str) -> list[str]:
+    if phase.tasks is not None:
+        if not phase.tasks:
+            return [f"{where}.tasks: at least one task is needed; leave it out for all"]
+        unknown = [name for name in phase.tasks if name not in tasks]
+        if unknown:
+            return [f"{where}.tasks: {_unknown(name, tasks, 'a task of this run')}" for name in unknown]
+    mine = tasks if phase.tasks is None else phase.tasks
+    losses = phase.objective.losses
+    problems = [
+        f"{where}.objective.losses.{name}: {_unknown(name, mine, 'a task of this phase')}"
+        for name in losses or {}
+        if name not in mine
+    ]
+    if losses == {} and not phase.objective.penalties:
+        problems.append(f"{where}.objective: selects neither a loss nor a penalty, so nothing would train")
+    return problems
+
+
+def _model_problems(model: ModelSpec, tasks: TaskSet) -> list[str]:
+    problems = [
+        f"model.heads.{name}: {_unknown(name, tasks, 'a task of this run')}"
+        for name in model.heads
+        if name not in tasks
+    ]
+    for name, task in tasks.items():
+        _collect(lambda name=name, task=task: model.head_of(name, task), problems)
+    adapter = model.adapter
+    if adapter is not None:
+        _collect(lambda: adapter.plan(tuple(tasks)), problems)
+    return problems
 
 
 def _collect(check: Any, problems: list[str]) -> Any:
@@ -143,24 +234,63 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigErrors: all problems at once, each with its path.
     """
     data = override(load_yaml(find_recipe(path)), overrides)
-    recipe = decode(Recipe, data, source=str(path))
     try:
+        recipe = decode(Recipe, data)
         recipe.check()
     except ConfigErrors as error:
-        raise ConfigErrors([f"{path}: {problem}" for problem in error.problems]) from None
+        more = [problem for problem in _salvage(data, error.problems) if problem not in error.problems]
+        raise ConfigErrors([*error.problems, *more]).below(str(path)) from None
     return recipe
 
 
+def _salvage(data: Mapping[str, Any], problems: Sequence[str]) -> list[str]:
+    """Problems across those parts of a faulty recipe that are right in themselves."""
+    bad = {problem.partition(":")[0].partition(".")[0] for problem in problems}
+    holes: dict[str, Any] = {name: (Any, None) for name in Recipe.model_fields if name in bad}
+    partial = create_model("PartOfRecipe", __base__=Recipe, **holes)
+    try:
+        recipe = decode(partial, {name: value for name, value in data.items() if str(name) not in bad})
+    except ConfigErrors:  # a problem of the whole, which has been told
+        return []
+    return _problems(recipe, frozenset(Recipe.model_fields) - bad)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of recipe files, for editors: has ``base`` and requires nothing, as it may be inherited."""
+    schema = _without_required(json_schema(Recipe))
+    inherited = {"type": "string", "description": "recipe file to start from, relative to this one"}
+    return {**schema, "properties": {"base": inherited, **schema["properties"]}}
+
+
+def _without_required(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {
+            k: _without_required(v) for k, v in node.items() if not (k == "required" and isinstance(v, list))
+        }
+    return [_without_required(item) for item in node] if isinstance(node, list) else node
+
+
 def find_recipe(path: Path) -> Path:
-    """The file itself, or the shipped recipe of that name."""
-    if path.exists():
+    """The file itself, the recipe of a run folder, or the shipped recipe of that name.
+
+    Raises:
+        ConfigError: there is none; names the nearest shipped one.
+    """
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
         return path
     name = str(path).removeprefix("recipes/").removesuffix(".yaml")
     shipped = recipe_folder() / f"{name}.yaml"
     if shipped.exists():
         return shipped
-    known = [str(p.relative_to(recipe_folder()).with_suffix("")) for p in sorted(recipe_folder().rglob("*.yaml"))]
-    raise ConfigError("no such recipe", where=str(path), hint=did_you_mean(name, known))
+    raise ConfigError("no such recipe", where=str(path), hint=did_you_mean(name, shipped_recipes()))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names and files of the recipes that come along; those that only serve as ``base`` begin with ``_``."""
+    folder = recipe_folder()
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("[!_]*.yaml"))}
 
 
 def recipe_folder() -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +15,15 @@ import torch
 from PIL import Image
 
 import polytask
-from polytask.config import dump_yaml, encode
-from polytask.engine.trainer import write_text
-from polytask.errors import ConfigError, TaskMismatchError
+from polytask.config import encode
+from polytask.data.pipelines import Pipeline
+from polytask.errors import ConfigError, PolytaskWarning, TaskMismatchError
+from polytask.files import dump_yaml, make_folder, write_text
 from polytask.metrics.delta import delta_m
+from polytask.model import MultiTaskModel
 from polytask.runs import Run
+from polytask.tasks.base import Task
+from polytask.types import Sample
 from polytask.viz import COLORS, Curve, chart, data_uri, grid, legend, predictions, task_picture, to_picture
 
 
@@ -64,13 +70,18 @@ def compare(paths: Sequence[Path]) -> Comparison:
     runs = [Run(path) for path in paths]
     if not runs:
         raise ConfigError("nothing to compare", hint="name at least one run folder")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ConfigError("a run is named twice", where="compare", got=", ".join(map(str, paths)))
     singles = {next(iter(run.tasks)): run for run in runs if len(run.tasks) == 1}
     multis = [run for run in runs if len(run.tasks) > 1]
     if len(singles) + len(multis) != len(runs):
-        raise ConfigError("two single-task runs have the same task", where="compare", got=", ".join(map(str, paths)))
+        raise ConfigError(
+            "two single-task runs have the same task", where="compare", got=", ".join(map(str, paths))
+        )
     reference = multis[0] if multis else runs[0]
     for run in runs:
         _same_protocol(run, reference)
+    names = labels(runs)
     tasks = {
         name: (task.headline, task.higher_is_better)
         for run in ([reference] if multis else runs)
@@ -78,8 +89,17 @@ def compare(paths: Sequence[Path]) -> Comparison:
     }
     baseline = {task: _headline(run, task) for task, run in singles.items() if task in tasks}
     rows = [_single_row(singles, tasks)] if singles else []
-    rows += [_row(run, _gain(run, tasks, baseline)) for run in multis]
+    rows += [_row(run, names[run.path], _gain(run, tasks, baseline)) for run in multis]
     return Comparison(tasks, rows)
+
+
+def labels(runs: Sequence[Run]) -> dict[Path, str]:
+    """What to call each run: the name of its recipe, with its folder where several share one."""
+    times = Counter(run.recipe.name for run in runs)
+    return {
+        run.path: run.recipe.name if times[run.recipe.name] == 1 else f"{run.recipe.name} ({run.path})"
+        for run in runs
+    }
 
 
 def _same_protocol(run: Run, reference: Run) -> None:
@@ -87,11 +107,17 @@ def _same_protocol(run: Run, reference: Run) -> None:
     for key in ("split", "samples"):
         if mine[key] != theirs[key]:
             raise TaskMismatchError(
-                f"runs were scored on different data ({key})", where=str(run.path), got=mine[key], expected=theirs[key]
+                f"runs were scored on different data ({key})",
+                where=str(run.path),
+                got=mine[key],
+                expected=theirs[key],
             )
     if len(run.tasks) > 1 and len(reference.tasks) > 1 and set(run.tasks) != set(reference.tasks):
         raise TaskMismatchError(
-            "runs have different tasks", where=str(run.path), got=", ".join(run.tasks), expected=", ".join(reference.tasks)
+            "runs have different tasks",
+            where=str(run.path),
+            got=", ".join(run.tasks),
+            expected=", ".join(reference.tasks),
         )
 
 
@@ -102,12 +128,17 @@ def _headline(run: Run, task: str) -> float:
 def _gain(run: Run, tasks: dict[str, tuple[str, bool]], baseline: dict[str, float]) -> float | None:
     if set(baseline) != set(tasks):
         return None
-    return delta_m({t: _headline(run, t) for t in tasks}, baseline, {t: not up for t, (_, up) in tasks.items()})
+    lower = [task for task, (_, up) in tasks.items() if not up]
+    try:
+        return delta_m({task: _headline(run, task) for task in tasks}, baseline, lower)
+    except ConfigError as error:  # a baseline of zero, as after a few steps
+        warnings.warn(f"no average gain for {run.path}: {error}", PolytaskWarning, stacklevel=2)
+        return None
 
 
-def _row(run: Run, gain: float | None) -> Row:
+def _row(run: Run, name: str, gain: float | None) -> Row:
     return Row(
-        name=run.recipe.name,
+        name=name,
         scores={task: _headline(run, task) for task in run.tasks},
         delta_m=gain,
         total=run.cost["total"],
@@ -121,7 +152,7 @@ def _row(run: Run, gain: float | None) -> Row:
 
 
 def _single_row(singles: dict[str, Run], tasks: dict[str, tuple[str, bool]]) -> Row:
-    used = [_row(run, None) for task, run in singles.items() if task in tasks]
+    used = [_row(run, task, None) for task, run in singles.items() if task in tasks]
     latencies = [row.latency_ms for row in used if row.latency_ms is not None]
     return Row(
         name=f"single task ({len(used)} models)",
@@ -140,7 +171,9 @@ def _single_row(singles: dict[str, Run], tasks: dict[str, tuple[str, bool]]) -> 
 # --- page ------------------------------------------------------------------------------------------
 
 
-def write_report(paths: Sequence[Path], output: Path, *, title: str = "Comparison", panels: int = 4) -> Comparison:
+def write_report(
+    paths: Sequence[Path], output: Path, *, title: str = "Comparison", panels: int = 4
+) -> Comparison:
     """Write a self-contained HTML page about runs; returns the comparison it shows.
 
     Args:
@@ -154,39 +187,48 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Compariso
     """
     comparison = compare(paths)
     runs = [Run(path) for path in paths]
-    colors = {run.recipe.name: COLORS[i % len(COLORS)] for i, run in enumerate(runs)}
-    page = _environment().get_template("report.html.j2").render(
+    names = labels(runs)
+    colors = {names[path]: COLORS[i % len(COLORS)] for i, path in enumerate(paths)}
+    page = _environment().get_template("report.html.j2")
+    text = page.render(
         title=title,
         comparison=comparison,
         runs=runs,
+        names=names,
         legend=legend(colors),
-        charts=_charts(runs, comparison, colors),
+        charts=_charts(runs, comparison, names, colors),
         panels=[data_uri(sheet) for sheet in prediction_sheets(runs, comparison, panels)],
-        recipes={run.recipe.name: dump_yaml(encode(run.recipe)) for run in runs},
+        recipes={names[run.path]: dump_yaml(encode(run.recipe)) for run in runs},
         machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {runs[0].cost['device']}, Python "
         f"{platform.python_version()}, torch {torch.__version__}, polytask {polytask.__version__}",
-    )  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, page)
+    )
+    make_folder(output.parent, "--report")
+    write_text(output, text)
     return comparison
 
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("polytask", "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("polytask", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
 
 
-def _charts(runs: Sequence[Run], comparison: Comparison, colors: dict[str, str]) -> list[str]:
+def _charts(
+    runs: Sequence[Run], comparison: Comparison, names: dict[Path, str], colors: dict[str, str]
+) -> list[str]:
     charts = []
     for task, (metric, up) in comparison.tasks.items():
         curves = [
-            Curve(run.recipe.name, _evaluations(run, f"{task}/{metric}"), colors[run.recipe.name])
+            Curve(names[run.path], _evaluations(run, f"{task}/{metric}"), colors[names[run.path]])
             for run in runs
             if task in run.tasks
         ]
-        charts.append(chart(curves, f"{task}: {metric} ({'higher' if up else 'lower'} is better)", "training step"))
+        charts.append(
+            chart(curves, f"{task}: {metric} ({'higher' if up else 'lower'} is better)", "training step")
+        )
     return [svg for svg in charts if svg]
 
 
@@ -200,28 +242,29 @@ def prediction_sheets(runs: Sequence[Run], comparison: Comparison, count: int) -
         return []
     multis = [run for run in runs if len(run.tasks) > 1]
     reference = multis[0] if multis else runs[0]
-    tasks = list(comparison.tasks)
     data = reference.recipe.data
     samples = data.open(reference.scores["split"], reference.tasks, train=False)
     chosen = [i * len(samples) // count for i in range(min(count, len(samples)))]
+    known = {name: reference.tasks[name] for name in comparison.tasks if name in reference.tasks}
     models = [(run, run.model()) for run in runs]
-    sheets = []
-    for index in chosen:
-        sample = samples[index]
-        picture = to_picture(sample["image"], data.pipeline)
-        known = {task: reference.tasks[task] for task in tasks if task in reference.tasks}
-        rows = [[picture, *(task_picture(task, sample[name], picture) for name, task in known.items())]]
-        names = ["ground truth"]
-        merged: dict[str, Any] = {}
-        for run, model in models:
-            predicted = predictions(model, run.tasks, sample)
-            if len(run.tasks) == 1:
-                merged |= predicted
-            else:
-                rows.append([picture, *(task_picture(t, predicted[n], picture) for n, t in known.items())])
-                names.append(run.recipe.name)
-        if set(merged) >= set(known):
-            rows.insert(1, [picture, *(task_picture(t, merged[n], picture) for n, t in known.items())])
-            names.insert(1, "single task")
-        sheets.append(grid(rows, names, [str(sample["id"]), *known]))
-    return sheets
+    return [_sheet(samples[index], data.pipeline, known, models) for index in dict.fromkeys(chosen)]
+
+
+def _sheet(
+    sample: Sample, pipeline: Pipeline, tasks: dict[str, Task], models: Sequence[tuple[Run, MultiTaskModel]]
+) -> Image.Image:
+    picture, names = to_picture(sample["image"], pipeline), labels([run for run, _ in models])
+    values: dict[str, dict[str, Any]] = {"ground truth": sample, "single task": {}}
+    for run, model in models:
+        predicted = predictions(model, run.tasks, sample)
+        if len(run.tasks) == 1:
+            values["single task"] |= predicted
+        else:
+            values[names[run.path]] = predicted
+    if not set(tasks) <= set(values["single task"]):
+        del values["single task"]
+    rows = [
+        [picture, *(task_picture(t, of[name], picture) for name, t in tasks.items())]
+        for of in values.values()
+    ]
+    return grid(rows, list(values), [str(sample["id"]), *tasks])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +12,15 @@ from typing import Any
 
 import torch
 
-from polytask.config import decode, load_yaml
+from polytask.config import decode
 from polytask.data.base import eval_loader
 from polytask.engine import checkpoint as checkpoint_files
 from polytask.engine.evaluator import Scores, evaluate
 from polytask.engine.log import read_log
-from polytask.engine.trainer import choose_device
 from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
+from polytask.files import load_yaml
 from polytask.model import MultiTaskModel
+from polytask.parallel import choose_device
 from polytask.recipe import Recipe
 from polytask.tasks.base import TaskSet
 
@@ -48,12 +50,18 @@ class Run:
 
     @cached_property
     def scores(self) -> dict[str, Any]:
-        """Contents of ``scores.json``.
+        """Contents of ``scores.json``; NaN where nothing valid was seen.
 
         Raises:
             CheckpointError: the run has not finished.
         """
-        return self._json("scores.json")
+        content = self._json("scores.json")
+        scores = content.get("scores", {})
+        content["scores"] = {
+            task: {metric: math.nan if value is None else value for metric, value in of_task.items()}
+            for task, of_task in scores.items()
+        }
+        return content
 
     @cached_property
     def cost(self) -> dict[str, Any]:
@@ -113,4 +121,6 @@ def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Sc
     samples = data.open(name, run.tasks, train=False)
     batches = eval_loader(samples, batch_size=data.eval_batch_size, workers=data.workers)
     bf16 = run.recipe.run.precision == "bf16"
-    return evaluate(run.model(checkpoint, device), run.tasks, batches, bf16=bf16, description=f"evaluate {name}")
+    return evaluate(
+        run.model(checkpoint, device), run.tasks, batches, bf16=bf16, description=f"evaluate {name}"
+    )

@@ -21,5 +21,5 @@ def seed_all(*position: int) -> None:
     """Seed torch (all devices), NumPy and Python for this position."""
     number = derive(*position)
     torch.manual_seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002 - third-party code draws from the global generator
+    np.random.seed(number % 2**32)
     random.seed(number)

@@ -6,6 +6,8 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,18 +16,31 @@ from torch import Tensor
 
 from polytask.data.base import DatasetSpec
 from polytask.data.pipelines import Pipeline
+from polytask.errors import ConfigError, DataError
+from polytask.files import make_folder
 from polytask.model import MultiTaskModel
 from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
 
 GAP, LABEL_HEIGHT = 4, 16
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000", "#e69f00", "#882255")
+COLORS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#bbbbbb",
+    "#000000",
+    "#e69f00",
+    "#882255",
+)
 
 
 def to_picture(image: Tensor, pipeline: Pipeline) -> np.ndarray:
     """A normalized image ``[3, H, W]`` back to uint8 ``[H, W, 3]``."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pipeline.mean, pipeline.std))
-    return ((image.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    picture: np.ndarray = pipeline.denormalize(image.cpu()).permute(1, 2, 0).numpy()
+    return picture
 
 
 def task_picture(task: Task, value: Tensor, like: np.ndarray) -> np.ndarray:
@@ -55,7 +70,9 @@ def predictions(model: MultiTaskModel, tasks: TaskSet, sample: Sample) -> dict[s
     return {name: task.predict(output.logits[name].float())[0].cpu() for name, task in tasks.items()}
 
 
-def grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], column_names: Sequence[str]) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], column_names: Sequence[str]
+) -> Image.Image:
     """Pictures of one size in a grid with names above the columns and left of the rows."""
     height, width = rows[0][0].shape[:2]
     left = 8 + max(int(_font().getlength(name)) for name in row_names)
@@ -64,13 +81,33 @@ def grid(rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], column_
     )
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(column_names):
-        draw.text((left + column * (width + GAP) + width / 2, LABEL_HEIGHT / 2), name, fill="black", anchor="mm", font=_font())
+        draw.text(
+            (left + column * (width + GAP) + width / 2, LABEL_HEIGHT / 2),
+            name,
+            fill="black",
+            anchor="mm",
+            font=_font(),
+        )
     for row, pictures in enumerate(rows):
         top = LABEL_HEIGHT + row * (height + GAP)
         draw.text((left - 4, top + height / 2), row_names[row], fill="black", anchor="rm", font=_font())
         for column, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture), (left + column * (width + GAP), top))
     return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture; the kind of file follows from the ending.
+
+    Raises:
+        ConfigError: an ending that stands for no kind of picture, or a folder that cannot be made.
+    """
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(
+            "no kind of picture has this ending", where="--output", got=path.name, hint="use .png"
+        )
+    make_folder(path.parent, "--output")
+    picture.save(path)
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -103,7 +140,11 @@ def chart(curves: Sequence[Curve], title: str, x_label: str, width: int = 380, h
             height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom),
         )
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{title}">']
+    title, x_label = escape(title), escape(x_label)
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{title}">'
+    ]
     parts.append(f'<text x="{left}" y="14" class="title">{title}</text>')
     for tick in np.linspace(y0, y1, 5):
         _, y = place(x0, float(tick))
@@ -111,11 +152,18 @@ def chart(curves: Sequence[Curve], title: str, x_label: str, width: int = 380, h
         parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" class="tick" text-anchor="end">{tick:.3g}</text>')
     for tick in np.linspace(x0, x1, 5):
         x, _ = place(float(tick), y0)
-        parts.append(f'<text x="{x:.1f}" y="{height - 18}" class="tick" text-anchor="middle">{tick:.4g}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 4}" class="tick" text-anchor="middle">{x_label}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - 18}" class="tick" text-anchor="middle">{tick:.4g}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + width) / 2}" y="{height - 4}" class="tick" text-anchor="middle">{x_label}</text>'
+    )
     for curve in curves:
         path = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in curve.points if np.isfinite(p[1]))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{curve.color}" stroke-width="1.8"><title>{curve.name}</title></polyline>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{curve.color}" stroke-width="1.8">'
+            f"<title>{escape(curve.name)}</title></polyline>"
+        )
     return "".join([*parts, "</svg>"])
 
 
@@ -126,17 +174,23 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 def legend(names: Mapping[str, str]) -> str:
     """Colored names (name -> color) as HTML."""
-    return " ".join(f'<span class="key"><i style="background:{color}"></i>{name}</span>' for name, color in names.items())
+    return " ".join(
+        f'<span class="key"><i style="background:{color}"></i>{escape(name)}</span>'
+        for name, color in names.items()
+    )
 
 
 def contact_sheet(spec: DatasetSpec, split: str, count: int) -> Image.Image:
     """Samples of a split with all their labels, one row each, at the dataset's evaluation size.
 
     Raises:
-        ConfigError: unknown split; data errors as the dataset raises them.
+        ConfigError: unknown split.
+        DataError: an empty split, and what the dataset raises.
     """
     tasks = TaskSet(spec.TASKS)
     samples = spec.open(split, tasks, train=False)
+    if not len(samples):
+        raise DataError("the split is empty", where=f"{spec.type}, {split}")
     rows, names = [], []
     for index in range(min(count, len(samples))):
         sample = samples[index]

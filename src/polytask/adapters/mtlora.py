@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.adapters.base import Adapter, Mergeable
+from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
 from polytask.backbones.streams import LinearMap, StreamPlan, Streams
 from polytask.backbones.timm import Backbone, is_narrow
 from polytask.config import register
@@ -171,7 +172,7 @@ class TaskLinear(LinearMap, Mergeable):
         self.shared = LowRank(base, branches.rank) if has_shared else None
         self.tasks = PerTask({task: LowRank(base, rank) for task, rank in branches.ranks.items()})
         self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
-        self.dropout = nn.Dropout(branches.dropout) if branches.dropout else nn.Identity()
+        self.dropout = branches.dropout
 
     @property
     def weight(self) -> Tensor:
@@ -184,45 +185,49 @@ class TaskLinear(LinearMap, Mergeable):
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
         active = [task for task in self.streams.active if task in self.tasks]
-        if not active:
-            return self._shared_only(x)
-        return self._narrow(x, active) if self.narrow else self._wide(x, active)
+        if self.mode == "addition" and active or any(p.requires_grad for p in self.base.parameters()):
+            return self._composed(x, active)
+        return self._fused(x, active)
 
-    def _shared_only(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        return y if self.shared is None else y + self._low_rank(self.dropout(x), self.shared, self.scale)
+    def _fused(self, x: Tensor, active: list[str]) -> Tensor:
+        """Matrix modes on a frozen base, as one operation (see ``lowrank``)."""
+        streams = 1 + len(active)
+        narrow = self.narrow or not active
+        skip = self.shared is None or (
+            bool(active) and self.is_last and self.streams.skip_final_shared and self.mode == "matrix"
+        )
+        if skip and not active:
+            return self.base(x)  # type: ignore[no-any-return]
+        flat = x.reshape(-1, x.shape[-1])
+        mask, gain = None, 1.0
+        if self.training and self.dropout and not (skip and not narrow):
+            mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
+        shared = None if skip else (self.shared.A * gain, self.shared.B * self.scale)  # type: ignore[union-attr]
+        tasks = (self._stack(active, "A", gain if narrow else 1.0), self._stack(active, "B")) if active else None
+        layout = Layout(streams, narrow, self.mode == "matrixv2")
+        y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
+        return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
-    def _narrow(self, x: Tensor, active: list[str]) -> Tensor:
-        """All branches read the same input: one product with the stacked A."""
-        branches = [self.tasks[task] for task in active]
-        stacked = [b.A for b in ([self.shared] if self.shared is not None else []) + branches]  # type: ignore[union-attr]
-        low = F.linear(self.dropout(x), torch.cat(stacked))  # type: ignore[arg-type]
-        pieces = list(low.split([len(a) for a in stacked], dim=-1))  # type: ignore[arg-type]
-        base = self.base(x)
-        shared = F.linear(pieces.pop(0), self.shared.B * self.scale) if self.shared is not None else None
-        tasks = [F.linear(p, b.B * self.scales[t]) for p, b, t in zip(pieces, branches, active, strict=True)]
-        return self._combine(base, shared, torch.stack(tasks))
+    def _composed(self, x: Tensor, active: list[str]) -> Tensor:
+        """Any mode, out of ordinary operations: the reference of ``_fused``."""
+        shared_in, *task_ins = (x,) if self.narrow or not active else x.chunk(1 + len(active))
+        dropped, base = self._drop(shared_in), self.base(shared_in)
+        inputs = task_ins or [dropped] * len(active)
+        with_shared = base if self.shared is None else base + self._low_rank(dropped, self.shared, self.scale)
+        below = with_shared if self.mode == "matrixv2" else base
+        outputs = [
+            below + self._low_rank(own, self.tasks[task], self.scales[task])  # type: ignore[arg-type]
+            for task, own in zip(active, inputs, strict=True)
+        ]
+        if self.norm is not None and outputs:
+            with_shared = base + self.norm(torch.stack(outputs).sum(0))
+        return torch.cat([with_shared, *outputs])
 
-    def _wide(self, x: Tensor, active: list[str]) -> Tensor:
-        shared_in, *_ = x.chunk(self.streams.count)
-        task_in = x.view(self.streams.count, -1, x.shape[-1])[1:]  # [T, M, in]
-        low = torch.bmm(task_in, self._stack(active, "A").transpose(1, 2))
-        base = self.base(shared_in)
-        skip = self.shared is None or (self.is_last and self.streams.skip_final_shared and self.mode == "matrix")
-        shared = None if skip else self._low_rank(self.dropout(shared_in), self.shared, self.scale)
-        tasks = torch.bmm(low, self._stack(active, "B").transpose(1, 2))
-        return self._combine(base, shared, tasks.view(len(active), *base.shape))
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
-    def _combine(self, base: Tensor, shared: Tensor | None, tasks: Tensor) -> Tensor:
-        """Base ``[B, ..., out]``, shared branch, task branches ``[T, B, ..., out]`` -> ``[S * B, ..., out]``."""
-        with_shared = base if shared is None else base + shared
-        tasks = tasks + (with_shared if self.mode == "matrixv2" else base)
-        if self.norm is not None:
-            with_shared = base + self.norm(tasks.sum(0))
-        return torch.cat([with_shared, tasks.flatten(0, 1)])
-
-    def _stack(self, active: list[str], factor: str) -> Tensor:
-        """Factors of the active tasks, zero-padded to the largest rank (exact); B comes scaled."""
+    def _stack(self, active: list[str], factor: str, gain: float = 1.0) -> Tensor:
+        """Factors of the active tasks times ``gain``, zero-padded to the largest rank (exact); B comes scaled."""
         matrices = []
         width = max(len(self.tasks[task].A) for task in active)  # type: ignore[arg-type]
         for task in active:
@@ -231,18 +236,17 @@ class TaskLinear(LinearMap, Mergeable):
             if factor == "B":
                 matrix = F.pad(matrix * self.scales[task], (0, spare))
             else:
-                matrix = F.pad(matrix, (0, 0, 0, spare))
+                matrix = F.pad(matrix * gain, (0, 0, 0, spare))
             matrices.append(matrix)
         return torch.stack(matrices)
 
     @staticmethod
-    def _low_rank(x: Tensor, branch: LowRank | None, scale: float) -> Tensor:
-        assert branch is not None
+    def _low_rank(x: Tensor, branch: LowRank, scale: float) -> Tensor:
         return F.linear(F.linear(x, branch.A), branch.B * scale)
 
     def linear_weight(self) -> Tensor | None:
         """``W + s B A`` if the layer has no bias, no task branches and no active dropout."""
-        if self.base.bias is not None or len(self.tasks) or (self.training and isinstance(self.dropout, nn.Dropout)):
+        if self.base.bias is not None or len(self.tasks) or (self.training and self.dropout):
             return None
         return self.base.weight if self.shared is None else self._merged_weight()
 

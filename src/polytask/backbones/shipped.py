@@ -35,9 +35,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def swin_rooms(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Swin with patch 2, width 24, depths 2-2-4-2 and windows of 4: 1.5 M parameters."""
+    """Swin with patch 4, width 32, depths 2-2-2-1 and windows of 4: 1.5 M parameters."""
     settings: dict[str, Any] = {
-        "img_size": (64, 96), "patch_size": 2, "embed_dim": 24, "depths": (2, 2, 4, 2), "num_heads": (2, 4, 8, 16),
+        "img_size": (64, 96), "patch_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 1), "num_heads": (2, 4, 8, 16),
         "window_size": 4, "num_classes": 0,
     }  # fmt: skip
     net: nn.Module = build_model_with_cfg(

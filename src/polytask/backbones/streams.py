@@ -43,12 +43,14 @@ class Streams:
     Attributes:
         active: tasks with a stream in this pass.
         skip_final_shared: the shared stream is read by nobody after the last block.
+        origin: what the forked block that runs right now got, before it was repeated.
         kept: per stage the features that left the trunk, one per active task.
         merged: per stage the shared features after the stage's downsampling.
     """
 
     active: tuple[str, ...] = ()
     skip_final_shared: bool = False
+    origin: Tensor | None = None
     kept: dict[int, list[Kept]] = field(default_factory=dict)
     merged: dict[int, Level] = field(default_factory=dict)
 
@@ -69,6 +71,8 @@ class Streams:
 
     def repeat(self, x: Tensor) -> Tensor:
         """``[B, ...]`` -> ``[S * B, ...]``, equal streams."""
+        if len(x) == 1:  # no copy
+            return x.expand(self.count, *x.shape[1:])
         return x.unsqueeze(0).expand(self.count, *x.shape).flatten(0, 1)
 
     def split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -86,7 +90,8 @@ class SharedOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ...]`` -> ``[B, ...]``."""
-        return self.layer(x[: x.shape[0] // self.streams.count])  # type: ignore[no-any-return]
+        origin = self.streams.origin  # rather than a slice of x, whose gradient would be a padded copy
+        return self.layer(x if origin is None else origin)  # type: ignore[no-any-return]
 
 
 class Repeat(nn.Module):
@@ -108,7 +113,9 @@ class Fork(nn.Module):
     the next stage's downsampling and end at its ``MergePoint``. Only the shared stream walks on.
     """
 
-    def __init__(self, block: nn.Module, streams: Streams, *, stage: int, carry: bool, recompute: bool) -> None:
+    def __init__(
+        self, block: nn.Module, streams: Streams, *, stage: int, carry: bool, recompute: bool
+    ) -> None:
         super().__init__()
         self.block, self.streams = block, streams
         self.stage, self.carry, self.recompute = stage, carry, recompute
@@ -126,7 +133,12 @@ class Fork(nn.Module):
         return shared
 
     def _run(self, x: Tensor) -> Tensor:
-        return self.block(self.streams.repeat(x) if self.streams.active else x)  # type: ignore[no-any-return]
+        if not self.streams.active:
+            return self.block(x)  # type: ignore[no-any-return]
+        self.streams.origin = x
+        y: Tensor = self.block(self.streams.repeat(x))
+        self.streams.origin = None
+        return y
 
 
 class MergePoint(nn.Module):

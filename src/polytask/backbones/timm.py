@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
-import torch
 from pydantic import Field
-from timm.models import load_state_dict
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from polytask.backbones.layouts import read_layout, to_map
+from polytask.backbones.networks import create, digest
 from polytask.backbones.streams import Fork, MergePoint, Repeat, SharedOnly, StreamPlan, Streams, select
 from polytask.config import Spec
-from polytask.errors import CheckpointError, ConfigError, UnsupportedBackboneError, did_you_mean
-from polytask.types import Level, Pyramids, Site
+from polytask.errors import ConfigError, UnsupportedBackboneError
+from polytask.types import Level, Pyramids, Site, materialize
 
 ROLES = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
 # Blocks written `x + f(attn(norm1(x)))` whose attention takes its batch size from the normed input, so
@@ -34,7 +32,9 @@ class BackboneSpec(Spec):
 
     name: str = Field(description="timm model name, see `polytask list backbones`")
     pretrained: bool = Field(default=False, description="load timm's published weights (hub or local cache)")
-    weights: Path | None = Field(default=None, description="local weight file in any layout timm's filter reads")
+    weights: Path | None = Field(
+        default=None, description="local weight file in any layout timm's filter reads"
+    )
     options: dict[str, Any] = Field(default_factory=dict)
     out_indices: tuple[int, ...] | None = Field(default=None, description="feature levels; default: four")
     feature_point: Literal["before_merge", "after_merge"] = "before_merge"
@@ -55,89 +55,6 @@ class BackboneSpec(Spec):
         return Backbone(net, self, image_size)
 
 
-def create(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
-    """The bare timm network with its weights, without classifier."""
-    where = f"model.backbone.name {spec.name}"
-    if spec.name.split(".")[0] not in timm.list_models():
-        raise ConfigError(
-            "no such timm model", where=where, hint=did_you_mean(spec.name.split(".")[0], timm.list_models())
-        )
-    options: dict[str, Any] = {"num_classes": 0, **spec.options}
-    try:
-        net = timm.create_model(spec.name, pretrained=spec.pretrained, img_size=image_size, **options)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise ConfigError(f"timm refuses an option ({error})", where="model.backbone.options") from None
-        net = _create_sizeless(spec, options)
-    except (AssertionError, ValueError) as error:
-        raise _unsuitable(spec, image_size, error) from None
-    except (OSError, RuntimeError) as error:
-        raise _unreachable(spec, error) from None
-    if spec.weights:
-        load_weights(net, spec.weights)
-    return net
-
-
-def _create_sizeless(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
-    """Convolutional nets take any size and no ``img_size``."""
-    try:
-        return timm.create_model(spec.name, pretrained=spec.pretrained, **options)
-    except TypeError as error:
-        raise ConfigError(f"timm refuses an option ({error})", where="model.backbone.options") from None
-    except (OSError, RuntimeError) as error:
-        raise _unreachable(spec, error) from None
-
-
-def _unreachable(spec: BackboneSpec, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(
-        f"pretrained weights of {spec.name} cannot be loaded ({reason})",
-        where="model.backbone.pretrained",
-        hint="go online once, or name a local file in model.backbone.weights, or set pretrained: false",
-    )
-
-
-def _unsuitable(spec: BackboneSpec, image_size: tuple[int, int], error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{spec.name} cannot take this image size or option ({error})",
-        where="data.image_size",
-        got=f"{image_size[0]}x{image_size[1]}",
-        hint="use a multiple of the backbone's patch size and total stride",
-    )
-
-
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Load a local file through the network's own timm filter, strictly but for the classifier.
-
-    Raises:
-        CheckpointError: file missing or damaged, or keys or shapes that do not fit.
-    """
-    where = f"model.backbone.weights {path}"
-    if not path.is_file():
-        raise CheckpointError("no such weight file", where=where)
-    try:
-        state = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile, safetensors and pickle each raise their own
-        raise CheckpointError(f"weight file cannot be read ({error})", where=where) from None
-    adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None:
-        state = adapt(state, net)
-    head = net.pretrained_cfg.get("classifier", "head")  # type: ignore[union-attr,operator]
-    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
-    state = {key: value for key, value in state.items() if not key.startswith(heads)}
-    try:
-        missing, unexpected = net.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"weights have other shapes ({str(error).splitlines()[1].strip()})", where=where) from None
-    missing = [key for key in missing if not key.startswith(heads)]
-    if missing or unexpected:
-        raise CheckpointError(
-            f"weights are of another network: {len(missing)} keys missing (first {missing[:2]}), "
-            f"{len(unexpected)} unexpected (first {unexpected[:2]})",
-            where=where,
-        )
-
-
 class Backbone(nn.Module):
     """A timm network that reports its sites and returns pyramids.
 
@@ -154,10 +71,11 @@ class Backbone(nn.Module):
         self.indices = _levels(net, spec)
         self.base_digest = digest(net) if spec.pretrained or spec.weights else None
         """Hash of the loaded weights, or None for a random start."""
-        info = [net.feature_info[i] for i in range(len(net.feature_info))]  # type: ignore[index,arg-type]
-        self._stage_modules = [info[i]["module"] for i in self.indices]
-        levels = list(zip([info[i]["num_chs"] for i in self.indices], [info[i]["reduction"] for i in self.indices], strict=True))
+        info: list[dict[str, Any]] = [net.feature_info[i] for i in self.indices]  # type: ignore[index,misc]
+        self._stage_modules: list[str] = [level["module"] for level in info]
+        levels: list[tuple[int, int]] = [(level["num_chs"], level["reduction"]) for level in info]
         self.streams, self.plan = Streams(), StreamPlan()
+        self._layouts: dict[int, str] = {}  # of forked blocks, read in the first pass with streams
         self.own_streams_only = False
         """Whether readers of the pyramids never look at the shared one when they asked for a stream."""
         if self.feature_point == "after_merge":
@@ -172,11 +90,22 @@ class Backbone(nn.Module):
     def blocks(self) -> list[tuple[str, int, int]]:
         """``(module path, stage, index in stage)`` of all blocks, in execution order."""
         names = [name for name, _ in self.net.named_modules()]
-        ends = [max(i for i, n in enumerate(names) if n == m or n.startswith(f"{m}.")) for m in self._stage_modules]
+        ends = [
+            max((i for i, n in enumerate(names) if f"{n}.".startswith(f"{m}.")), default=-1)
+            for m in self._stage_modules
+        ]
+        if -1 in ends:
+            raise UnsupportedBackboneError(
+                f"its feature levels are not modules of the network ({self._stage_modules[ends.index(-1)]})",
+                where=f"backbone {type(self.net).__name__}",
+                hint="use e.g. a Swin, ViT or DeiT3, or train without an adapter",
+            )  # fmt: skip
         found: list[tuple[str, int, int]] = []
         for position, name in enumerate(names):
             module = self.net.get_submodule(name)
-            if "mlp" not in dict(module.named_children()) or any(name.startswith(f"{b}.") for b, _, _ in found):
+            if "mlp" not in dict(module.named_children()) or any(
+                name.startswith(f"{b}.") for b, _, _ in found
+            ):
                 continue
             stage = next((k for k, end in enumerate(ends) if position <= end), None)
             if stage is not None:
@@ -211,14 +140,21 @@ class Backbone(nn.Module):
 
     def _require(self, block: nn.Module, name: str, path: str) -> None:
         try:
-            block.get_submodule(path)
+            layer = block.get_submodule(path)
         except AttributeError:
+            layer = None
+        if not isinstance(layer, nn.Linear):
+            found = (
+                f"has no layer {path}"
+                if layer is None
+                else f"has a {type(layer).__name__} as {path}, not a linear layer"
+            )
             raise UnsupportedBackboneError(
-                f"block {name} ({type(block).__name__}) has no layer {path}",
+                f"block {name} ({type(block).__name__}) {found}",
                 where=f"backbone {type(self.net).__name__}",
                 expected="attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 in every block (adapters)",
                 hint="use e.g. a Swin, ViT or DeiT3, or train without an adapter",
-            ) from None
+            )
 
     def _reduction(self, stage: int) -> str | None:
         """Path of the linear map that leads from the previous stage into this one, if there is one."""
@@ -227,7 +163,9 @@ class Backbone(nn.Module):
             module = self.net.get_submodule(path)
         except AttributeError:
             return None
-        return f"{path}.layer" if isinstance(module, MergePoint) else path
+        if isinstance(module, MergePoint):
+            return f"{path}.layer"
+        return path if isinstance(module, nn.Linear) else None
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module at a dotted path of the net."""
@@ -249,18 +187,15 @@ class Backbone(nn.Module):
         """Install the streams of a plan; ``task_aware`` holds the roles whose layers widen to all streams.
 
         Raises:
-            UnsupportedBackboneError: a forked block holds layers that mix the batch.
+            UnsupportedBackboneError: see ``check_fork``.
         """
+        self.check_fork(plan)
         self.plan = plan
         if plan.fork == "never":
             return
         last_stage = len(self._stage_modules) - 1
-        stages = [stage for _, stage, _ in self.blocks()]
-        for number, (name, stage, _) in enumerate(self.blocks()):
-            if number + 1 < len(stages) and stages[number + 1] == stage:
-                continue
+        for stage, name in self._last_blocks().items():
             block = self.net.get_submodule(name)
-            _refuse_batch_mixing(block, name)
             if is_narrow(block):
                 block.norm1 = SharedOnly(block.norm1, self.streams)  # type: ignore[arg-type]
                 if "proj" not in task_aware:
@@ -268,6 +203,28 @@ class Backbone(nn.Module):
             carry = self.feature_point == "after_merge" and stage != last_stage
             fork = Fork(block, self.streams, stage=stage, carry=carry, recompute=stage in self.recompute)
             self.replace(name, fork)
+
+    def _last_blocks(self) -> dict[int, str]:
+        return {stage: name for name, stage, _ in self.blocks()}
+
+    def check_fork(self, plan: StreamPlan) -> None:
+        """Refuse what ``fork`` would refuse, before anything changes.
+
+        Raises:
+            UnsupportedBackboneError: a stage without a block, or a forked block that mixes the batch.
+        """
+        if plan.fork == "never":
+            return
+        last = self._last_blocks()
+        without = [module for stage, module in enumerate(self._stage_modules) if stage not in last]
+        if without:
+            raise UnsupportedBackboneError(
+                f"task streams need a transformer block in every feature level; there is none in {without[0]}",
+                where=f"backbone {type(self.net).__name__}",
+                hint="choose other levels in model.backbone.out_indices",
+            )  # fmt: skip
+        for name in last.values():
+            _refuse_batch_mixing(self.net.get_submodule(name), name)
 
     # --- forward ---------------------------------------------------------------------------------
 
@@ -281,6 +238,8 @@ class Backbone(nn.Module):
         self.streams.begin(active, skip_final_shared=self.own_streams_only and set(tasks) <= set(active))
         merged = self.feature_point == "after_merge"
         indices = [self.indices[-1]] if merged else list(self.indices)
+        left: dict[int, Tensor] = {}
+        hooks = self._listen(left) if active and not self._layouts else []
         try:
             maps: list[Tensor] = self.net.forward_intermediates(  # type: ignore[operator]
                 image, indices=indices, intermediates_only=True, output_fmt="NCHW"
@@ -289,32 +248,38 @@ class Backbone(nn.Module):
             raise ConfigError(
                 f"the backbone cannot take this image ({error})", got=tuple(image.shape), where="image size"
             ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
         last = len(self.indices) - 1
-        shared: list[Level] = [*(self.streams.merged[i] for i in range(last)), maps[-1]] if merged else list(maps)
+        shared: list[Level] = (
+            [*(self.streams.merged[i] for i in range(last)), maps[-1]] if merged else list(maps)
+        )
+        for stage, tokens in left.items():
+            self._layouts[stage] = read_layout(
+                tokens, materialize(shared[stage]), self.net, self._stage_modules[stage]
+            )
         per_task: dict[str, list[Level]] = {}
         for number, task in enumerate(self.streams.active):
             kept = [self.streams.kept[stage][number] for stage in range(last + 1)]
             per_task[task] = [
-                _to_map(level, like) if isinstance(level, Tensor) else level
-                for level, like in zip(kept, shared, strict=True)
+                to_map(self._layouts.get(i, "last"), level, materialize(like), self.net)
+                if isinstance(level, Tensor)
+                else level
+                for i, (level, like) in enumerate(zip(kept, shared, strict=True))
             ]
         self.streams.end()
         return Pyramids(shared, per_task)
+
+    def _listen(self, left: dict[int, Tensor]) -> list[RemovableHandle]:
+        """Note what the network goes on with after the blocks at which task streams end."""
+        forks = [m for m in self.net.modules() if isinstance(m, Fork) and not m.carry]
+        return [fork.register_forward_hook(lambda fork, _, y: left.update({fork.stage: y})) for fork in forks]
 
 
 def is_narrow(block: nn.Module) -> bool:
     """Whether a forked block attends the shared stream only (see ``_NARROW_BLOCKS``)."""
     return f"{type(block).__module__}.{type(block).__qualname__}" in _NARROW_BLOCKS
-
-
-def _to_map(tokens: Tensor, like: Level) -> Tensor:
-    """Tokens in a block's own layout (NCHW, NHWC, or NLC with prefix) -> ``[B, C, H, W]``."""
-    assert isinstance(like, Tensor)
-    _, channels, height, width = like.shape
-    if tokens.ndim == 3:
-        grid = tokens[:, tokens.shape[1] - height * width :]
-        return grid.reshape(len(tokens), height, width, channels).permute(0, 3, 1, 2)
-    return tokens if tokens.shape[1:] == like.shape[1:] else tokens.permute(0, 3, 1, 2)
 
 
 def _refuse_batch_mixing(block: nn.Module, name: str) -> None:
@@ -353,13 +318,3 @@ def _prune(net: nn.Module, indices: tuple[int, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)  # type: ignore[operator]
-
-
-@torch.no_grad()
-def digest(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of a module's parameters."""
-    hasher = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()

@@ -24,9 +24,15 @@ class Weighted(Balancer):
         super().__init__()
         self.weights = dict(weights)
 
-    def backward(self, losses: Mapping[str, Tensor], partition: Partition) -> dict[str, float]:  # noqa: ARG002
+    def backward(
+        self,
+        losses: Mapping[str, Tensor],
+        partition: Partition,  # noqa: ARG002
+    ) -> dict[str, float]:
         """One backward pass of ``sum_t w_t L_t``."""
-        torch.stack([self.weights[task] * loss for task, loss in losses.items()]).sum().backward()
+        torch.autograd.backward(
+            torch.stack([self.weights[task] * loss for task, loss in losses.items()]).sum()
+        )
         return {task: self.weights[task] for task in losses}
 
 
@@ -59,7 +65,11 @@ class FixedSpec(BalancerSpec):
         """Raises ConfigError for a weight of a task that is not there."""
         for name in self.weights:
             if name not in tasks:
-                raise ConfigError(f"{name!r} is not a task of this run", where="balancer.weights", hint=did_you_mean(name, tasks))
+                raise ConfigError(
+                    f"{name!r} is not a task of this run",
+                    where="balancer.weights",
+                    hint=did_you_mean(name, tasks),
+                )
         return Weighted({name: self.weights.get(name, task.weight) for name, task in tasks.items()})
 
 
@@ -81,13 +91,17 @@ class Uncertainty(Balancer):
         super().__init__()
         self.log_variance = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in tasks})
 
-    def backward(self, losses: Mapping[str, Tensor], partition: Partition) -> dict[str, float]:  # noqa: ARG002
+    def backward(
+        self,
+        losses: Mapping[str, Tensor],
+        partition: Partition,  # noqa: ARG002
+    ) -> dict[str, float]:
         """One backward pass of the weighted sum; s of the tasks present get their gradient."""
         names = list(losses)
         stacked = torch.stack([losses[task] for task in names])
         s = torch.stack([self.log_variance[task].detach() for task in names])
         weights = 0.5 * torch.exp(-s)
-        (weights * stacked).sum().backward()
+        torch.autograd.backward((weights * stacked).sum())
         gradient = 0.5 - weights * total(stacked.detach())
         for task, value in zip(names, gradient, strict=True):
             self.log_variance[task].grad = value.clone()

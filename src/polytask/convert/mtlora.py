@@ -54,14 +54,15 @@ def convert_state(state: Mapping[str, Tensor], model: MultiTaskModel) -> dict[st
         value = given.pop(key, None)
         if value is None:
             problems.append(f"missing {key}")
-        elif value.numel() != own.numel():
+        elif value.shape not in (own.shape, (*own.shape, 1, 1)):  # projections are 1x1 convolutions there
             problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
         else:
             converted[name] = value.reshape(own.shape).to(own.dtype)
     problems += [f"left over {key}" for key in given]
     if problems:
         raise CheckpointError(
-            f"MTLoRA checkpoint does not fit the model: {len(problems)} problems, first: {'; '.join(problems[:3])}",
+            f"MTLoRA checkpoint does not fit the model: {len(problems)} problems, "
+            f"first: {'; '.join(problems[:3])}",
             hint="build the model with the checkpoint's tasks, ranks, mode and backbone size",
         )
     return converted

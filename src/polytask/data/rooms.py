@@ -30,6 +30,7 @@ from polytask.data.pipelines import Pipeline, Plain
 from polytask.data.scenes import ATTRIBUTES, CLASSES, PARTS, SCENES, VERSION, render
 from polytask.errors import ConfigError, DataError, PolytaskWarning
 from polytask.progress import track
+from polytask.tasks.attributes import Attributes
 from polytask.tasks.base import Task
 from polytask.tasks.classification import Classification
 from polytask.tasks.depth import Depth
@@ -40,6 +41,7 @@ from polytask.tasks.segmentation import Segmentation
 
 Difficulty = Literal["easy", "standard", "hard"]
 _MASKS = ("semseg", "human_parts", "saliency", "edge")
+_VISIBLE = 500  # an object on fewer than one in so many pixels does not count as shown
 _SLICE = 16  # images one worker renders at a time
 _SERIAL_PIXELS = 2_000_000  # below this, starting workers takes longer than rendering
 _RENDERING = "POLYTASK_RENDERING"  # set for workers, and for scripts that they import again
@@ -90,9 +92,8 @@ class Job(NamedTuple):
 class Rooms(DatasetSpec):
     """Rendered rooms: an image is a pure function of its seed, so nothing is downloaded.
 
-    The split ``pretrain`` has seeds of its own, for training a backbone on scenes without the dense
-    labels ever being seen. Besides the tasks, ``read(record, "attributes")`` gives ten yes-or-no facts
-    about an image (their names are ``polytask.data.scenes.ATTRIBUTES``).
+    The split ``pretrain`` has seeds of its own, for training a backbone on image-level labels (``scene``,
+    ``attributes``, ``objects``) of images that the dense tasks never see.
     """
 
     type: Literal["rooms"] = "rooms"
@@ -116,6 +117,8 @@ class Rooms(DatasetSpec):
         "depth": Depth(max_depth=20.0),
         "edge": Edge(weight=50.0),
         "scene": Classification(classes=SCENES),
+        "attributes": Attributes(names=ATTRIBUTES),
+        "objects": Attributes(names=CLASSES[1:]),
     }
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset({"human_parts"})
 
@@ -138,12 +141,20 @@ class Rooms(DatasetSpec):
 
     def read(self, record: Record, name: str) -> Tensor:
         """One field out of the memory-mapped cache."""
+        if name == "objects":
+            return self._objects(record)
         value = torch.from_numpy(_mapped(record.files[name])[record.index : record.index + 1].copy())[0]
         if name == "image":
             return value.permute(2, 0, 1)
         if name == "normals":  # unit length got lost in half precision
             return unit(value.float().permute(2, 0, 1)).permute(1, 2, 0)
         return value.float() if value.is_floating_point() else value
+
+    def _objects(self, record: Record) -> Tensor:
+        """Which kinds of object the image shows, on at least ``1 / _VISIBLE`` of its pixels: uint8 ``[12]``."""
+        semseg = self.read(record, "semseg").long()
+        counts = semseg.flatten().bincount(minlength=len(CLASSES))
+        return (counts[1:] * _VISIBLE >= semseg.numel()).to(torch.uint8)
 
     def audit(self, split: str) -> list[str]:
         """Files of the cache that differ from what was rendered."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 import polytask
 from polytask.errors import CheckpointError
 from polytask.model import MultiTaskModel
+from polytask.parallel import full, like, put
 
 FORMAT = 1
 _WEIGHTS, _STATE, _MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+_HINT = "use the other checkpoint (last or best), or train again"
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ def weights_to_save(model: MultiTaskModel, trained: Collection[str]) -> tuple[di
     reproducible = model.backbone.base_digest is not None
     frozen = {f"backbone.net.{name}" for name, _ in model.backbone.net.named_parameters()} - set(trained)
     left_out = frozen if reproducible else set()
-    state = {name: full(value).cpu().contiguous() for name, value in model.state_dict().items() if name not in left_out}
+    state = {
+        name: full(value).cpu().contiguous()
+        for name, value in model.state_dict().items()
+        if name not in left_out
+    }
     return state, sorted(left_out)
 
 
-def full(value: Tensor) -> Tensor:
-    """The whole tensor, gathered if it is sharded."""
-    return value.full_tensor() if isinstance(value, torch.distributed.tensor.DTensor) else value
-
-
-def save(run: Path, name: str, weights: dict[str, Tensor], state: dict[str, Any], manifest: dict[str, Any]) -> None:
+def save(
+    run: Path, name: str, weights: dict[str, Tensor], state: dict[str, Any], manifest: dict[str, Any]
+) -> None:
     """Write ``checkpoints/<name>`` atomically.
 
     Args:
@@ -67,19 +70,27 @@ def save(run: Path, name: str, weights: dict[str, Tensor], state: dict[str, Any]
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
+    current = _linked(folder / name)
     target = folder / f"{name}-{manifest['step']:08d}"
+    if current == target.name:  # this step was saved before, e.g. within the phase that ends here
+        target = folder / f"{target.name}-again"
     temporary = folder / f".{target.name}.tmp"
     for stale in (target, temporary):
-        if stale.exists() and _linked(folder / name) != stale.name:
+        if stale.exists():
             shutil.rmtree(stale)
-    if target.exists():  # the linked one: the same step was already saved
-        return
     temporary.mkdir()
     safetensors.torch.save_file(weights, temporary / _WEIGHTS)
     torch.save(state, temporary / _STATE)
     hashes = {file: file_hash(temporary / file) for file in (_WEIGHTS, _STATE)}
-    record = {"format": FORMAT, "polytask": polytask.__version__, "torch": torch.__version__, **manifest, "sha256": hashes}
-    (temporary / _MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {
+        "format": FORMAT,
+        "polytask": polytask.__version__,
+        "torch": torch.__version__,
+        **manifest,
+        "sha256": hashes,
+    }
+    sealed = {**record, "seal": _seal(record)}
+    (temporary / _MANIFEST).write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
     for file in (_WEIGHTS, _STATE, _MANIFEST, "."):
         _sync(temporary / file)
     temporary.rename(target)
@@ -87,6 +98,11 @@ def save(run: Path, name: str, weights: dict[str, Tensor], state: dict[str, Any]
     for old in [*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*.tmp")]:
         if old.name != target.name:
             shutil.rmtree(old)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """A digest of a manifest's content."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _link(folder: Path, name: str, target: str) -> None:
@@ -121,22 +137,46 @@ def read(run: Path, name: str = "last") -> Saved:
     Raises:
         CheckpointError: no checkpoint, a file missing, truncated or altered, or a newer format.
     """
-    folder = run / "checkpoints" / name
-    where = str(folder)
+    link = run / "checkpoints" / name
+    folder = link.resolve()
     if not folder.is_dir():
-        raise CheckpointError("no such checkpoint", where=where, hint="train first, or name a run folder")
+        raise CheckpointError("no such checkpoint", where=str(link), hint="train first, or name a run folder")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        hashes = {file: file_hash(folder / file) for file in (_WEIGHTS, _STATE)}
+        manifest = _read_manifest(folder / _MANIFEST)
+        _verify(folder, manifest["sha256"])
+        weights = safetensors.torch.load_file(folder / _WEIGHTS)
+        return Saved(weights, torch.load(folder / _STATE, weights_only=True, map_location="cpu"), manifest)
+    except (CheckpointError, OSError) as error:
+        if link.resolve() != folder:  # a training process replaced it just now
+            return read(run, name)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint cannot be read ({error})", where=str(link), hint=_HINT) from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint is incomplete ({error})", where=where) from None
-    for file, digest in hashes.items():
-        if manifest.get("sha256", {}).get(file) != digest:
-            raise CheckpointError(f"{file} is truncated or altered", where=where, hint="use another checkpoint")
+        raise CheckpointError(f"{path.name} cannot be read ({error})", where=str(path), hint=_HINT) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise CheckpointError(f"{path.name} is truncated or altered", where=str(path), hint=_HINT)
     if manifest["format"] > FORMAT:
-        raise CheckpointError("checkpoint was written by a newer polytask", where=where, got=manifest["polytask"])
-    weights = safetensors.torch.load_file(folder / _WEIGHTS)
-    return Saved(weights, torch.load(folder / _STATE, weights_only=True, map_location="cpu"), manifest)
+        raise CheckpointError(
+            "checkpoint was written by a newer polytask", where=str(path), got=manifest.get("polytask")
+        )
+    if manifest.pop("seal", None) != _seal(manifest):
+        raise CheckpointError(f"{path.name} is truncated or altered", where=str(path), hint=_HINT)
+    return manifest
+
+
+def _verify(folder: Path, digests: Mapping[str, str]) -> None:
+    for file, digest in digests.items():
+        path = folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{file} is missing", where=str(path), hint=_HINT)
+        if file_hash(path) != digest:
+            raise CheckpointError(f"{file} is truncated or altered", where=str(path), hint=_HINT)
 
 
 def load_weights(model: MultiTaskModel, saved: Saved, where: str) -> None:
@@ -167,13 +207,6 @@ def load_weights(model: MultiTaskModel, saved: Saved, where: str) -> None:
             put(own[name], value)
 
 
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
-    if isinstance(target, torch.distributed.tensor.DTensor):
-        value = torch.distributed.tensor.distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    target.copy_(value)
-
-
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """State dict of an optimizer with whole tensors."""
     state = optimizer.state_dict()
@@ -187,12 +220,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Inverse of ``optimizer_state``, sharding again what is sharded."""
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entry in state["state"].items():
-        like = parameters[index]
-        if isinstance(like, torch.distributed.tensor.DTensor):
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and value.shape == like.shape:
-                    entry[key] = torch.distributed.tensor.distribute_tensor(
-                        value.to(like.device), like.device_mesh, like.placements
-                    )
-    optimizer.load_state_dict(state)
+    entries = {
+        index: {key: like(parameters[index], v) if isinstance(v, Tensor) else v for key, v in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": entries})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sized
 
 import torch
 
+from polytask.errors import PolytaskError
 from polytask.model import MultiTaskModel
 from polytask.parallel import total
 from polytask.progress import track
@@ -23,7 +25,6 @@ def evaluate(
     batches: Iterable[Sample],
     *,
     bf16: bool = False,
-    max_batches: int | None = None,
     description: str = "evaluate",
 ) -> Scores:
     """Scores of all tasks; exact over processes and independent of the batch size.
@@ -33,16 +34,14 @@ def evaluate(
         tasks: what to predict and score.
         batches: labeled batches (this process's part of the split).
         bf16: run the model under bfloat16 autocast.
-        max_batches: stop after so many batches.
         description: words before the progress bar.
     """
     device = next(model.parameters()).device
     metrics = {name: task.metrics() for name, task in tasks.items()}
     was_training = model.training
     model.eval()
-    for number, batch in enumerate(track(batches, description)):
-        if number == max_batches:
-            break
+    total_batches = len(batches) if isinstance(batches, Sized) else None
+    for batch in track(plain_errors(batches), description, total_batches):
         moved = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output = model(moved["image"], tuple(tasks))
@@ -58,6 +57,17 @@ def evaluate(
             metric.reduce(total)
             scores[name] |= metric.compute()
     return scores
+
+
+def plain_errors(batches: Iterable[Sample]) -> Iterator[Sample]:
+    """The batches; an error that a loader process reports with its traceback becomes one sentence again."""
+    try:
+        yield from batches
+    except PolytaskError as error:
+        sentence = re.search(rf"\n(?:\w+\.)*{type(error).__name__}: (.*)", str(error))
+        if sentence is None:
+            raise
+        raise type(error)(sentence[1]) from None
 
 
 def headlines(scores: Scores, tasks: TaskSet) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,13 @@ from typing import Any
 import torch.distributed as dist
 
 from polytask import parallel
-from polytask.cost import cost
+from polytask.allocator import keep_freed_memory
+from polytask.cost import CostReport, cost, profile
 from polytask.engine.evaluator import Scores
-from polytask.engine.trainer import Trainer, choose_device, write_text
+from polytask.engine.trainer import Trainer
 from polytask.errors import ConfigError, MissingDependencyError
+from polytask.files import to_json, write_text
+from polytask.progress import set_quiet
 from polytask.recipe import Recipe
 
 
@@ -30,17 +32,27 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
     Raises:
         PolytaskError: of the kind that fits, see ``Trainer`` and ``train_step``.
     """
-    created = parallel.start(choose_device(recipe.run.device))
+    created = parallel.start(parallel.choose_device(recipe.run.device))
+    is_first = parallel.rank() == 0
+    if not is_first:
+        set_quiet(True)
     try:
         trainer = Trainer(recipe, run, resume=resume)
         scores = trainer.fit()
-        if parallel.rank() == 0 and recipe.run.parallel == "replicated":
-            measured = cost(trainer.model, trainer.tasks, recipe.data.image_size)
-            write_text(run / "cost.json", json.dumps(measured.as_dict(), indent=1) + "\n")
     finally:
         if created:
             dist.destroy_process_group()
+    if is_first and not (run / "cost.json").exists():  # else a complete run was resumed
+        write_text(run / "cost.json", to_json(_measure(trainer).as_dict()) + "\n")
     return scores
+
+
+def _measure(trainer: Trainer) -> CostReport:
+    """Cost of the trained model, in this process alone."""
+    recipe = trainer.recipe
+    if recipe.run.parallel == "fsdp":  # its parameters are spread over processes
+        return profile(recipe)
+    return cost(trainer.model, trainer.tasks, recipe.data.image_size, memory=parallel.world() == 1)
 
 
 def submit(arguments: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> str:
@@ -61,12 +73,17 @@ def submit(arguments: Sequence[str], folder: Path, settings: Mapping[str, Any]) 
     except ImportError:
         raise MissingDependencyError("--slurm needs submitit", hint="pip install 'polytask[slurm]'") from None
     options = dict(settings)
-    cluster, processes = options.pop("cluster", None), options.pop("processes", None)
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
-    nodes = int(options.setdefault("nodes", 1))
-    per_node = int(processes or options.get("gpus_per_node") or 1)
+    cluster, processes = options.pop("cluster", "slurm"), options.pop("processes", None)
     try:
+        executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+        nodes = int(options.setdefault("nodes", 1))
+        per_node = int(processes or options.get("gpus_per_node") or 1)
         executor.update_parameters(tasks_per_node=1, **options)
+    except RuntimeError as error:
+        hint = "run this where sbatch is, or use cluster=local for a job on this machine"
+        raise ConfigError(
+            f"there is no such cluster ({error})", where="--slurm", got=cluster, hint=hint
+        ) from None
     except (NameError, TypeError, ValueError) as error:
         raise ConfigError(f"submitit refuses a parameter ({error})", where="--slurm") from None
     job = executor.submit(run_node, list(arguments), nodes, per_node)
@@ -85,5 +102,7 @@ def run_node(arguments: list[str], nodes: int, processes: int) -> int:
         sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes}",
         *meeting, "-m", "polytask", *arguments,
     ]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return subprocess.run(command, check=True, env=environment).returncode

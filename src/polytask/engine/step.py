@@ -11,7 +11,7 @@ from torch import Tensor
 from polytask.balancers.base import Balancer
 from polytask.errors import NonFiniteLossError
 from polytask.model import MultiTaskModel
-from polytask.parallel import gradient_norm, scale_gradients, sum_gradients, total, world
+from polytask.parallel import finite, gradient_norm, scale_gradients, sum_gradients, total, world
 from polytask.phases import Objective
 from polytask.tasks.base import TaskSet
 from polytask.types import Partition, Sample
@@ -19,7 +19,7 @@ from polytask.types import Partition, Sample
 
 @dataclass(frozen=True)
 class StepLog:
-    """Figures of one step: global losses, weights used, penalties, statistics, gradient norm before clipping."""
+    """Figures of one step; losses are global, the gradient norm is the one before clipping."""
 
     losses: dict[str, float]
     weights: dict[str, float] = field(default_factory=dict)
@@ -66,18 +66,21 @@ def train_step(
     values = _global_values(losses)
     _refuse_non_finite(values, batch["id"], where)
     losses, penalties = objective.select(losses, output.penalties)
+    if not losses and not penalties:  # no valid label in the global batch
+        return StepLog(values, stats=_floats(output.stats))
     if penalties:
-        (torch.stack(list(penalties.values())).sum() / world()).backward(retain_graph=bool(losses))
+        torch.autograd.backward(
+            torch.stack(list(penalties.values())).sum() / world(), retain_graph=bool(losses)
+        )
     weights = balancer.backward(losses, partition or model.partition()) if losses else {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     sum_gradients(parameters)
     norm = gradient_norm(parameters)
     if not torch.isfinite(norm):
-        raise NonFiniteLossError("the gradient is not finite", where=where, got=_ids(batch["id"]), hint=_HINT)
+        raise _non_finite_gradient(model, batch["id"], where)
     if clip_norm is not None:
         scale_gradients(parameters, clip_norm / (norm + 1e-6))
-    if losses or penalties:
-        optimizer.step()
+    optimizer.step()
     return StepLog(values, weights, _floats(penalties), _floats(output.stats), float(norm))
 
 
@@ -96,8 +99,19 @@ def _refuse_non_finite(values: Mapping[str, float], ids: Sequence[str], where: s
     if bad:
         task, value = next(iter(bad.items()))
         raise NonFiniteLossError(
-            f"the loss of task {task!r} is {value}", where=where, got=_ids(ids), expected="a finite loss", hint=_HINT
+            f"the loss of task {task!r} is {value}",
+            where=where,
+            got=_ids(ids),
+            expected="a finite loss",
+            hint=_HINT,
         )
+
+
+def _non_finite_gradient(model: MultiTaskModel, ids: Sequence[str], where: str) -> NonFiniteLossError:
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not finite(p.grad)]
+    names = f"{', '.join(bad[:3])}{' …' if len(bad) > 3 else ''}" or "another process's share"
+    what = f"the gradient of {names} is not finite"
+    return NonFiniteLossError(what, where=where, got=_ids(ids), expected="finite gradients", hint=_HINT)
 
 
 def _ids(ids: Sequence[str]) -> str:
@@ -106,4 +120,3 @@ def _ids(ids: Sequence[str]) -> str:
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in values.items()}
-

@@ -1,0 +1,113 @@
+"""Bare timm networks: made for an image size, loaded strictly from a file, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import nn
+
+from polytask.errors import CheckpointError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from polytask.backbones.timm import BackboneSpec
+
+
+def create(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
+    """The bare timm network with its weights, without classifier."""
+    where = f"model.backbone.name {spec.name}"
+    if spec.name.split(".")[0] not in timm.list_models():
+        raise ConfigError(
+            "no such timm model", where=where, hint=did_you_mean(spec.name.split(".")[0], timm.list_models())
+        )
+    options: dict[str, Any] = {"num_classes": 0, **spec.options}
+    try:
+        net = timm.create_model(spec.name, pretrained=spec.pretrained, img_size=image_size, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise ConfigError(f"timm refuses an option ({error})", where="model.backbone.options") from None
+        net = _create_sizeless(spec, options)
+    except (AssertionError, ValueError) as error:
+        raise _unsuitable(spec, image_size, error) from None
+    except (OSError, RuntimeError) as error:
+        raise _unreachable(spec, error) from None
+    if spec.weights:
+        load_weights(net, spec.weights)
+    return net
+
+
+def _create_sizeless(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
+    """Convolutional nets take any size and no ``img_size``."""
+    try:
+        return timm.create_model(spec.name, pretrained=spec.pretrained, **options)
+    except TypeError as error:
+        raise ConfigError(f"timm refuses an option ({error})", where="model.backbone.options") from None
+    except (OSError, RuntimeError) as error:
+        raise _unreachable(spec, error) from None
+
+
+def _unreachable(spec: BackboneSpec, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(
+        f"pretrained weights of {spec.name} cannot be loaded ({reason})",
+        where="model.backbone.pretrained",
+        hint="go online once, or name a local file in model.backbone.weights, or set pretrained: false",
+    )
+
+
+def _unsuitable(spec: BackboneSpec, image_size: tuple[int, int], error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{spec.name} cannot take this image size or option ({error})",
+        where="data.image_size",
+        got=f"{image_size[0]}x{image_size[1]}",
+        hint="use a multiple of the backbone's patch size and total stride",
+    )
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Load a local file through the network's own timm filter, strictly but for the classifier.
+
+    Raises:
+        CheckpointError: file missing or damaged, or keys or shapes that do not fit.
+    """
+    where = f"model.backbone.weights {path}"
+    if not path.is_file():
+        raise CheckpointError("no such weight file", where=where)
+    try:
+        state = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile, safetensors and pickle each raise their own
+        raise CheckpointError(f"weight file cannot be read ({error})", where=where) from None
+    adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None:
+        state = adapt(state, net)
+    head = net.pretrained_cfg.get("classifier", "head")  # type: ignore[union-attr,operator]
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    state = {key: value for key, value in state.items() if not key.startswith(heads)}
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"weights have other shapes ({str(error).splitlines()[1].strip()})", where=where
+        ) from None
+    missing = [key for key in missing if not key.startswith(heads)]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"weights are of another network: {len(missing)} keys missing (first {missing[:2]}), "
+            f"{len(unexpected)} unexpected (first {unexpected[:2]})",
+            where=where,
+        )
+
+
+@torch.no_grad()
+def digest(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a module's parameters."""
+    hasher = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

@@ -1,0 +1,103 @@
+"""What many tests need: a cache of their own, small recipes, and a trained run."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polytask.config import decode
+from polytask.engine.launch import train
+from polytask.errors import PolytaskWarning
+from polytask.files import override
+from polytask.progress import set_quiet
+from polytask.recipe import Recipe
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "data": {"type": "rooms", "preset": "nano", "batch_size": 8, "eval_batch_size": 8},
+    "tasks": ["semseg", "depth", "scene"],
+    "model": {
+        "backbone": {
+            "name": "swin_tiny_patch4_window7_224",
+            "feature_point": "after_merge",
+            "options": {
+                "patch_size": 2,
+                "embed_dim": 8,
+                "depths": [1, 1, 1, 1],
+                "num_heads": [1, 2, 2, 2],
+                "window_size": 4,
+            },
+        },
+        "adapter": {"type": "mtlora", "rank": 2, "task_rank": 2},
+        "neck": {"type": "fuse", "channels": [3, 4, 5, 6]},
+    },
+    "optim": {"lr": 2e-3},
+    "phases": [{"steps": 2}],
+    "run": {"max_eval_batches": 1},
+}
+
+Make = Callable[..., Recipe]
+
+
+def small(*changes: str) -> Recipe:
+    """A checked recipe that trains in a second; changes are texts ``a.b=VALUE``."""
+    recipe = decode(Recipe, override(copy.deepcopy(SMALL), changes))
+    recipe.check()
+    return recipe
+
+
+@pytest.fixture(name="small")
+def _small() -> Make:
+    return small
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of this session for everything the library keeps, so that nothing outside is touched."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYTASK_CACHE", str(folder))
+        patch.delenv("WORLD_SIZE", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    set_quiet(True)
+    yield
+    set_quiet(False)
+
+
+@pytest.fixture(scope="session")
+def rooms(cache: Path) -> Path:
+    """The cache with the smallest rooms rendered."""
+    data = small().data
+    for split in ("train", "val", "test"):
+        data.records(split)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def trained(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the small recipe; tests must not change it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train_quietly(small(), folder)
+    return folder
+
+
+def train_quietly(recipe: Recipe, folder: Path, *, resume: bool = False) -> Any:
+    """Train without the warning about the random frozen part."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PolytaskWarning)
+        return train(recipe, folder, resume=resume)
