@@ -14,9 +14,10 @@ import torch
 from polytask.config import decode
 from polytask.engine.launch import train
 from polytask.errors import PolytaskWarning
-from polytask.files import override
+from polytask.files import dump_yaml, override
 from polytask.progress import set_quiet
 from polytask.recipe import Recipe
+from tests.cli.forks import Forks
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -101,3 +102,23 @@ def train_quietly(recipe: Recipe, folder: Path, *, resume: bool = False) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PolytaskWarning)
         return train(recipe, folder, resume=resume)
+
+
+@pytest.fixture(scope="session")
+def forks(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Command lines in processes of their own."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the small recipe, changed, into a file."""
+
+    def write(*changes: str, name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(dump_yaml(override(copy.deepcopy(SMALL), changes)))
+        return path
+
+    return write

@@ -77,5 +77,5 @@ def gap(
     """Largest absolute difference of two equally keyed collections."""
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         assert left.keys() == right.keys()
-        return max(float((left[key] - right[key]).abs().max()) for key in left)
-    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+        return max(float((left[key] - right[key]).detach().abs().max()) for key in left)
+    return max(float((a - b).detach().abs().max()) for a, b in zip(left, right, strict=True))

@@ -188,7 +188,7 @@ def _train(args: argparse.Namespace) -> int:
     from polytask.tables import print_scores
 
     scores = train(recipe, run, resume=args.resume)
-    if parallel.rank() == 0:
+    if parallel.is_first():
         say(f"run: {run}")
         print_scores(scores)
         if args.json:

@@ -41,6 +41,15 @@ class Spec(BaseModel):
             raise ValueError(f"a number is needed, got {value}")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _keep_type_of_default(cls, value: Any, info: ValidationInfo) -> Any:
+        """Settings without a ``type`` are those of the spec that stands in the slot by default."""
+        default = cls.model_fields[info.field_name or ""].default
+        if isinstance(default, Spec) and isinstance(value, Mapping) and "type" in type(default).model_fields:
+            return {"type": default.model_dump()["type"], **value}
+        return value
+
 
 S = TypeVar("S", bound=Spec)
 _registry: dict[str, dict[str, type[Spec]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ MAX_INHERITANCE = 3
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, which YAML would silently let overwrite each other."""
+    """Refuses duplicate keys, which YAML would silently let overwrite each other; reads 5e-4 as a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that the loader would read as numbers."""
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+for _kind in (_Loader, _Dumper):  # as YAML 1.2 has it; PyYAML demands a dot and a sign
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -132,7 +142,8 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> Any:
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
     """YAML text in the order of the keys, short lists on one line."""
-    text: str = yaml.dump(dict(data), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 100, "default_flow_style": None}
+    text: str = yaml.dump(dict(data), Dumper=_Dumper, **style)
     return text
 
 

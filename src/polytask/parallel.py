@@ -47,6 +47,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def is_first() -> bool:
+    """Whether this is the process that talks, also before the group is made and after it has gone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def start(device: torch.device) -> bool:
     """Join the process group that ``torchrun`` (or SLURM with it) describes in the environment.
 

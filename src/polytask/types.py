@@ -140,19 +140,20 @@ class Partition:
 
 def partition(model: nn.Module, tasks: Sequence[str]) -> Partition:
     """Walk a model: whatever sits below ``PerTask[t]`` belongs to task ``t``."""
-    owner: dict[int, str] = {}
+    owners: dict[int, set[str]] = {}
     for module in model.modules():
         if isinstance(module, PerTask):
             for task, child in module.items():
-                owner.update({id(p): task for p in child.parameters()})
+                for parameter in child.parameters():
+                    owners.setdefault(id(parameter), set()).add(task)
     shared: dict[str, nn.Parameter] = {}
     frozen: dict[str, nn.Parameter] = {}
     per_task: dict[str, dict[str, nn.Parameter]] = {task: {} for task in tasks}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             frozen[name] = parameter
-        elif id(parameter) in owner:
-            per_task[owner[id(parameter)]][name] = parameter
+        elif len(owner := owners.get(id(parameter), set())) == 1:
+            per_task[next(iter(owner))][name] = parameter
         else:
             shared[name] = parameter
     return Partition(shared, per_task, frozen)

@@ -15,7 +15,7 @@ from polytask.backbones.streams import StreamPlan
 from polytask.backbones.timm import ROLES, Backbone
 from polytask.errors import UnsupportedBackboneError
 from polytask.types import materialize
-from tests.helpers import MERGED_SWIN, SWIN, VIT, backbone_spec, gap, image, shake
+from tests.helpers import MERGED_SWIN, SIZE, SWIN, VIT, backbone_spec, gap, image, shake
 
 SMALL = {"embed_dim": 16, "depth": 4, "num_heads": 2}
 ADAPTABLE: dict[str, dict[str, Any]] = {
@@ -36,8 +36,11 @@ ADAPTABLE: dict[str, dict[str, Any]] = {
     "vit_registers": {"name": "vit_small_patch16_224", "options": {**SMALL, "reg_tokens": 3}},
     "deit3": {"name": "deit3_small_patch16_224", "options": {**SMALL, "init_values": 0.5}},
     "test_vit": {"name": "test_vit"},
-    "hiera": {"name": "hiera_tiny_224", "options": {"embed_dim": 16, "stages": [1, 1, 2, 1]}},
-    "davit": {"name": "davit_tiny", "options": {"embed_dims": [8, 16, 32, 64], "num_heads": [1, 2, 4, 8]}},
+    "hiera": {"name": "hiera_tiny_224", "options": {"embed_dim": 16, "stages": [1, 1, 1, 1]}},
+    "davit": {
+        "name": "davit_tiny",
+        "options": {"embed_dims": [8, 16, 32, 64], "num_heads": [1, 2, 4, 8], "depths": [1, 1, 1, 1]},
+    },
     "maxvit": {"name": "test_maxvit"},
     "cait": {"name": "cait_xxs24_224", "options": {**SMALL, "init_values": 0.5}},
 }
@@ -50,7 +53,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "mobilevit": {"name": "mobilevit_xxs"},
 }
 TASKS = ("a", "b")
-SIZE = (64, 64)
 
 EXTRA_ARGUMENTS = pytest.mark.xfail(
     strict=True, raises=TypeError, reason="Fork does not hand extra arguments on to its block"
@@ -65,25 +67,17 @@ def build(settings: dict[str, Any], size: tuple[int, int] = SIZE) -> Backbone:
     return backbone_spec(settings, options=options).build(size).eval()
 
 
-def size_of(name: str) -> tuple[int, int]:
-    return (224, 224) if name == "hiera" else SIZE
-
-
 @cache
 def plain(name: str) -> Backbone:
-    return build((ADAPTABLE | PLAIN)[name], size_of(name))
+    return build((ADAPTABLE | PLAIN)[name])
 
 
 def adapted(name: str, tasks: tuple[str, ...] = TASKS, **settings: Any) -> Backbone:
     """With an adapter on top whose branches are not zero any more."""
-    backbone = build(ADAPTABLE[name], size_of(name))
+    backbone = build(ADAPTABLE[name])
     adapt(backbone, MTLoRA(**({"rank": 2, "task_rank": 2} | settings)), tasks)
     shake(backbone, 0.1, lambda path: path.endswith(".B"))
     return backbone.eval()
-
-
-def picture(name: str, batch: int = 2) -> Tensor:
-    return image(batch, size_of(name))
 
 
 def maps(backbone: Backbone, x: Tensor, tasks: tuple[str, ...] = ()) -> dict[str, list[Tensor]]:
@@ -97,10 +91,10 @@ def maps(backbone: Backbone, x: Tensor, tasks: tuple[str, ...] = ()) -> dict[str
 @every
 def test_channels_and_strides_are_those_of_the_maps(name: str) -> None:
     backbone = plain(name)
-    levels = maps(backbone, picture(name))["shared"]
+    levels = maps(backbone, image())["shared"]
     assert [x.shape[1] for x in levels] == list(backbone.channels)
     for x, stride in zip(levels, backbone.strides, strict=True):
-        assert x.shape == (2, x.shape[1], size_of(name)[0] // stride, size_of(name)[1] // stride)
+        assert x.shape == (2, x.shape[1], SIZE[0] // stride, SIZE[1] // stride)
     assert list(backbone.strides) == sorted(backbone.strides)
     assert all(x.isfinite().all() for x in levels)
     assert backbone.base_digest is None
@@ -108,21 +102,21 @@ def test_channels_and_strides_are_those_of_the_maps(name: str) -> None:
 
 @every
 def test_each_sample_is_alone(name: str) -> None:
-    backbone, x = plain(name), picture(name)
+    backbone, x = plain(name), image()
     both, second = maps(backbone, x)["shared"], maps(backbone, x[1:])["shared"]
     assert gap([level[1:] for level in both], second) < 1e-4
 
 
 @adaptable
 def test_sites_are_in_execution_order_and_complete(name: str) -> None:
-    backbone = build(ADAPTABLE[name], size_of(name))
+    backbone = build(ADAPTABLE[name])
     sites = list(backbone.sites())
     ran: list[str] = []
     for site in sites:
         layer = backbone.net.get_submodule(site.name)
         assert isinstance(layer, nn.Linear)
         layer.register_forward_hook(lambda *_, name=site.name: ran.append(name))
-    maps(backbone, picture(name, 1))
+    maps(backbone, image(1))
     assert ran == [site.name for site in sites]
     of_blocks = [site for site in sites if site.role != "reduction"]
     assert [site.role for site in of_blocks] == list(ROLES.values()) * (len(of_blocks) // 4)
@@ -145,7 +139,7 @@ def test_stage_ends_are_the_last_blocks_of_their_stages(name: str) -> None:
 @adaptable
 def test_every_wrapped_site_moves_the_output(name: str) -> None:
     layers = ("qkv", "proj", "fc1", "fc2", "reduction")
-    backbone, x = adapted(name, layers=layers), picture(name, 1)
+    backbone, x = adapted(name, layers=layers), image(1)
     before = maps(backbone, x, TASKS)
     branches = {path: p for path, p in backbone.named_parameters() if path.endswith(".B")}
     assert len(branches) >= len(list(plain(name).sites()))
@@ -161,7 +155,7 @@ def test_every_wrapped_site_moves_the_output(name: str) -> None:
 
 @adaptable
 def test_equal_streams_stay_equal(name: str) -> None:
-    backbone, x = build(ADAPTABLE[name], size_of(name)), picture(name)
+    backbone, x = build(ADAPTABLE[name]), image()
     adapt(backbone, MTLoRA(rank=2, task_rank=2), TASKS)
     backbone.eval()
     levels = maps(backbone, x, TASKS)
@@ -177,7 +171,7 @@ def test_equal_streams_stay_equal(name: str) -> None:
 
 @adaptable
 def test_absent_tasks_change_nothing(name: str) -> None:
-    backbone, x = adapted(name), picture(name)
+    backbone, x = adapted(name), image()
     both = maps(backbone, x, TASKS)
     for task in TASKS:
         one = maps(backbone, x, (task,))
@@ -193,12 +187,12 @@ def test_recompute_gives_the_same_gradients(name: str) -> None:
     for stages in ((), (0, 3)):
         settings = {**ADAPTABLE[name], "recompute": stages}
         torch.manual_seed(0)
-        backbone = backbone_spec(settings).build(size_of(name))
+        backbone = backbone_spec(settings).build(SIZE)
         adapt(backbone, MTLoRA(rank=2, task_rank=2, dropout=0.1), TASKS)
         shake(backbone, 0.1, lambda path: path.endswith(".B"))
         backbone.train()
         torch.manual_seed(1)
-        pyramids = backbone(picture(name), TASKS)
+        pyramids = backbone(image(), TASKS)
         sum(materialize(level).square().mean() for task in TASKS for level in pyramids.of(task)).backward()
         gradients.append({path: p.grad for path, p in backbone.named_parameters() if p.grad is not None})
     assert len(gradients[0]) > 10
@@ -210,7 +204,7 @@ def test_after_merge_is_the_next_stage_merge_of_before_merge() -> None:
     after.load_state_dict(
         {k: v for k, v in zip(after.state_dict(), before.state_dict().values(), strict=True)}
     )
-    x = picture("swin")
+    x = image()
     fine, merged = maps(before, x, TASKS), maps(after, x, TASKS)
     assert after.channels == (*before.channels[1:], before.channels[-1])
     assert after.strides == (*before.strides[1:], before.strides[-1])

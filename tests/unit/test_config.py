@@ -65,7 +65,8 @@ def test_unknown_name_in_a_slot() -> None:
     assert problems({"shape": "cirlce"}) == [
         "shape: unknown name 'cirlce'; did you mean 'circle'? (known: square, circle)"
     ]
-    assert problems({"shape": {"radius": 1}}) == ["shape: `type` is missing; known: square, circle"]
+    assert problems({"shapes": [{"radius": 1}]}) == ["shapes.0: `type` is missing; known: square, circle"]
+    assert decode(Drawing, {"shape": {"side": 3}}).shape == Square(side=3)  # of the default
     assert problems({"shape": 5}) == ["shape: input should be a mapping or a name, got 5"]
 
 

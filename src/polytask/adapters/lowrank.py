@@ -65,7 +65,7 @@ class _BranchedLinear(torch.autograd.Function):
         streams, narrow, _ = layout
         rows = x.shape[0] if narrow else x.shape[0] // streams
         first = x[:rows]
-        dropped = first if drop is None else first.masked_fill(drop, 0.0)
+        dropped = first if drop is None else torch.where(drop, 0.0, first)
         y = x.new_empty(streams, rows, weight.shape[0])
         base = y[0]
         torch.mm(first, weight.t(), out=base) if bias is None else torch.addmm(bias, first, weight.t(), out=base)
@@ -94,7 +94,7 @@ class _BranchedLinear(torch.autograd.Function):
         rows = x.shape[0] if narrow else x.shape[0] // streams
         g = gradient.view(streams, rows, -1)
         first = x[:rows]
-        dropped = first if drop is None else first.masked_fill(drop, 0.0)
+        dropped = first if drop is None else torch.where(drop, 0.0, first)
         base = g.sum(0) if streams > 1 else g[0]
         grad_shared_a = grad_shared_b = grad_a = grad_b = lows = None
         into_shared = []
@@ -128,7 +128,7 @@ def _add_branches(grad_x: Tensor, branches: list[tuple[Tensor, Tensor]], drop: T
     if drop is None:
         grad_x.addmm_(left, right)
     else:
-        grad_x += (left @ right).masked_fill_(drop, 0.0)
+        grad_x += torch.where(drop, 0.0, left @ right)
 
 
 def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:

@@ -36,9 +36,22 @@ def create(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
         raise _unsuitable(spec, image_size, error) from None
     except (OSError, RuntimeError) as error:
         raise _unreachable(spec, error) from None
+    _refuse_uncovered_pixels(net, spec, image_size)
     if spec.weights:
         load_weights(net, spec.weights)
     return net
+
+
+def _refuse_uncovered_pixels(net: nn.Module, spec: BackboneSpec, image_size: tuple[int, int]) -> None:
+    """timm's patch embedding drops the rows and columns that do not fill a patch."""
+    embedding = getattr(net, "patch_embed", None)
+    patches = getattr(embedding, "proj", None)
+    if not isinstance(patches, nn.Conv2d) or patches.kernel_size != patches.stride or any(patches.padding):
+        return
+    fits = all(size % patch == 0 for size, patch in zip(image_size, patches.stride, strict=True))
+    if not fits and not getattr(embedding, "dynamic_img_pad", False):
+        height, width = patches.stride
+        raise _unsuitable(spec, image_size, ValueError(f"patches of {height}x{width} do not cover it"))
 
 
 def _create_sizeless(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:

@@ -1,7 +1,7 @@
 """``swin_rooms``: a compact Swin with weights that come with the package, as a timm model.
 
-Pretrained on image-level labels of rooms by ``recipes/rooms/pretrain.yaml``; see ``weights/README.md``.
-After importing polytask, ``timm.create_model("swin_rooms", pretrained=True)`` works too.
+Pretrained on image-level labels of rooms by ``recipes/rooms/pretrain.yaml``; ``weights/swin_rooms.json`` tells
+how. Once this module is imported, ``timm.create_model("swin_rooms", pretrained=True)`` works too.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ class Backbone(nn.Module):
         blocks = self.blocks()
         if not blocks:
             raise UnsupportedBackboneError(
-                "adapters need transformer blocks with attn.qkv, attn.proj, mlp.fc1 and mlp.fc2; it has no such block",
+                "adapters need transformer blocks with attn.qkv, attn.proj, mlp.fc1 and mlp.fc2; "
+                "it has no such block",
                 where=f"backbone {type(self.net).__name__}",
                 hint="use e.g. a Swin, ViT or DeiT3, or train without an adapter",
             )
@@ -180,6 +181,11 @@ class Backbone(nn.Module):
                     where=f"backbone {type(self.net).__name__}, stage {stage}",
                     hint="use a Swin, or feature_point: before_merge",
                 )
+            if self.indices[stage] != self.indices[stage - 1] + 1:
+                raise ConfigError(
+                    "`feature_point: after_merge` needs levels without a gap",
+                    where="model.backbone.out_indices", got=self.indices,
+                )  # fmt: skip
             layer = self.net.get_submodule(path)
             self.replace(path, MergePoint(layer, self.streams, stage=stage - 1))
 
@@ -219,7 +225,8 @@ class Backbone(nn.Module):
         without = [module for stage, module in enumerate(self._stage_modules) if stage not in last]
         if without:
             raise UnsupportedBackboneError(
-                f"task streams need a transformer block in every feature level; there is none in {without[0]}",
+                "task streams need a transformer block in every feature level; "
+                f"there is none in {without[0]}",
                 where=f"backbone {type(self.net).__name__}",
                 hint="choose other levels in model.backbone.out_indices",
             )  # fmt: skip

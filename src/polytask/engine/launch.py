@@ -32,7 +32,10 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
     Raises:
         PolytaskError: of the kind that fits, see ``Trainer`` and ``train_step``.
     """
-    created = parallel.start(parallel.choose_device(recipe.run.device))
+    device = parallel.choose_device(recipe.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    created = parallel.start(device)
     is_first = parallel.rank() == 0
     if not is_first:
         set_quiet(True)

@@ -18,11 +18,12 @@ from polytask.types import Level, PerTask, Pyramids, materialize
 
 @register("neck")
 class FuseSpec(NeckSpec):
-    """Per-task 1x1 projections of the levels, then resize and concatenation (MTLoRA's "downsampler")."""
+    """Per-task 1x1 projections of the levels, then resize and concatenation."""
 
     type: Literal["fuse"] = "fuse"
     channels: tuple[int, ...] | None = Field(
-        default=(18, 36, 72, 144), description="channels of each projected level; null concatenates raw levels"
+        default=(18, 36, 72, 144),
+        description="channels of each projected level; null concatenates raw levels",
     )
 
     def build(self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str]) -> Neck:  # noqa: ARG002
@@ -57,10 +58,14 @@ def _project(level: Level, weight: Tensor) -> Tensor:
 class Fuse(Neck):
     """See ``FuseSpec``."""
 
-    def __init__(self, channels: Sequence[int], projected: Sequence[int] | None, tasks: Sequence[str]) -> None:
+    def __init__(
+        self, channels: Sequence[int], projected: Sequence[int] | None, tasks: Sequence[str]
+    ) -> None:
         super().__init__()
         self.channels = sum(projected if projected is not None else channels)
-        self.projections = PerTask({t: Projection(channels, projected) for t in tasks} if projected is not None else {})
+        self.projections = PerTask(
+            {t: Projection(channels, projected) for t in tasks} if projected is not None else {}
+        )
 
     def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Pyramids -> ``[B, C, H, W]`` per task at the finest level's size."""
@@ -72,4 +77,6 @@ class Fuse(Neck):
 
 def _concat(maps: list[Tensor]) -> Tensor:
     size = maps[0].shape[-2:]
-    return torch.cat([maps[0], *(F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps[1:])], 1)
+    return torch.cat(
+        [maps[0], *(F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps[1:])], 1
+    )

@@ -1,0 +1,175 @@
+"""Two processes do what one does: the same losses, gradients, scores and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polytask.engine import checkpoint
+from polytask.engine.log import read_log
+from polytask.runs import Run
+from tests.cli.forks import Fork, Forks
+
+Write = Callable[..., Path]
+# SGD, because Adam divides by the size of the gradient: where that is nearly zero, rounding becomes a step
+SAME = (
+    "optim={type: sgd, lr: 0.02}", "model.adapter.dropout=0", "model.backbone.options.drop_path_rate=0", "phases.0.steps=5",
+    "run.max_eval_batches=null",
+)  # fmt: skip
+
+
+def deviation(one: Path, other: Path) -> float:
+    """Largest relative difference of any figure of any step."""
+    logs = [[line for line in read_log(run / "metrics.jsonl") if line["kind"] == "step"] for run in (one, other)]
+    assert len(logs[0]) == len(logs[1]) > 0
+    worst = 0.0
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            if key.startswith(("loss/", "weight/", "gradient_norm", "lr")):
+                worst = max(worst, abs(mine[key] - theirs[key]) / max(abs(theirs[key]), 1e-12))
+    return worst
+
+
+def scores(run: Path) -> dict[str, Any]:
+    return {f"{t}/{m}": v for t, of in Run(run).scores["scores"].items() for m, v in of.items()}
+
+
+def assert_done(forks: list[Fork]) -> None:
+    for fork in forks:
+        assert fork.wait() == 0, fork.err
+
+
+def train_both(
+    forks: Forks, file: Path, folder: Path, *more: str, patch: str | None = None
+) -> tuple[Path, Path]:
+    """The same recipe in one process and in two."""
+    one, two = folder / "one", folder / "two"
+    assert_done([forks.run("train", file, "--output", one, *more, patch=patch)])
+    assert_done(forks.group(2, "train", file, "--output", two, *more, patch=patch))
+    return one, two
+
+
+def assert_same(one: Path, two: Path) -> None:
+    assert deviation(one, two) < 1e-5
+    assert scores(two) == pytest.approx(scores(one), rel=2e-3, abs=0.05)
+    mine, theirs = checkpoint.read(two), checkpoint.read(one)
+    assert mine.weights.keys() == theirs.weights.keys()
+    for name, value in theirs.weights.items():
+        torch.testing.assert_close(mine.weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("balancer", ["fixed", "uw"])
+def test_replicated(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: str) -> None:
+    one, two = train_both(forks, recipe_file(*SAME, f"balancer={balancer}"), tmp_path)
+    assert_same(one, two)
+    assert Run(one).log[0]["loss/semseg"] - Run(one).log[4]["loss/semseg"] > 0.05  # it did learn
+    assert json.loads((two / "cost.json").read_text())["total"] == json.loads((one / "cost.json").read_text())["total"]
+
+
+def test_labels_that_only_one_process_has(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    file = recipe_file(*SAME, "data.batch_size=4", "phases.0.steps=8")
+    one, two = train_both(forks, file, tmp_path, patch="sparse_labels")
+    assert deviation(one, two) < 1e-5
+    counts = {len([k for k in line if k.startswith("loss/")]) for line in read_log(two / "metrics.jsonl")}
+    assert len(counts) > 1  # some batches have no label for some task
+
+
+def test_sharded(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    file = recipe_file(*SAME, "run.checkpoint_every=2", "phases.0.epochs=1", "phases.0.steps=null")
+    one = tmp_path / "one"
+    assert_done([forks.run("train", file, "--output", one)])
+    two = tmp_path / "two"
+    sharded = ("--set", "run.parallel=fsdp")
+    assert_done(forks.group(2, "train", file, "--output", two, *sharded))
+    assert_same(one, two)
+    model = Run(two).model()  # in one process, replicated
+    assert not any(type(p).__name__ == "DTensor" for p in model.parameters())
+    assert forks.run("eval", two, "--json").wait() == 0
+    assert "cost.json" in [p.name for p in two.iterdir()]
+    # interrupted and resumed
+    three = tmp_path / "three"
+    copy = forks.group(2, "train", file, "--output", three, *sharded, patch="stop_after_five")
+    assert all(fork.wait() != 0 for fork in copy)
+    assert_done(forks.group(2, "train", file, "--output", three, *sharded, "--resume"))
+    mine, theirs = checkpoint.read(three), checkpoint.read(two)
+    for name, value in theirs.weights.items():
+        assert torch.equal(mine.weights[name], value), name
+
+
+def test_sharding_needs_several_processes(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    fork = forks.run("train", recipe_file("run.parallel=fsdp"), "--output", tmp_path / "x")
+    assert fork.wait() == 2
+    assert "run.parallel: FSDP needs transformer blocks and a process group" in fork.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_order_of_the_data(
+    forks: Forks, recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, orders = recipe_file(*SAME), {}
+    for size in (1, 2):
+        monkeypatch.setattr(forks, "extra", {"ORDER": str(tmp_path / f"order{size}")})
+        assert_done(forks.group(size, "train", file, "--output", tmp_path / f"run{size}", patch="note_order"))
+        lines = [(tmp_path / f"order{size}.{rank}").read_text().splitlines() for rank in range(size)]
+        orders[size] = [" ".join(parts) for parts in zip(*lines, strict=True)]
+    assert orders[1] == orders[2]
+
+
+def test_gradients_travel_in_one_exchange(
+    forks: Forks, recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, run = recipe_file(*SAME, "phases.0.steps=1"), tmp_path / "run"
+    monkeypatch.setattr(forks, "extra", {"EXCHANGES": str(tmp_path / "sizes")})
+    assert_done(forks.group(2, "train", file, "--output", run, patch="note_exchanges"))
+    sizes = [int(line) for line in (tmp_path / "sizes").read_text().split()]
+    trainable = json.loads((run / "cost.json").read_text())["trainable"]
+    gradients = [size for size in sizes if size > trainable / 50]
+    assert len(gradients) == 2  # one in each process, of all that got a gradient
+    assert trainable * 0.9 < gradients[0] <= trainable
+
+
+def test_what_the_first_process_refuses_all_refuse(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    file, run = recipe_file(*SAME), tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: other\n")
+    for fork in forks.group(2, "train", file, "--output", run):
+        assert fork.wait() == 2
+        assert "holds a run already" in fork.err
+    for fork in forks.group(2, "train", file, "--output", tmp_path / "x", "--set", "data.batch_size=7"):
+        assert fork.wait() == 2
+        assert "data.batch_size: the batch cannot be divided among the processes" in fork.err
+    for fork in forks.group(2, "train", file, "--output", tmp_path / "y", patch="bad_depth"):
+        assert fork.wait() == 5
+        assert "the loss of task 'depth' is inf" in fork.err
+
+
+def test_only_the_first_process_talks(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    first, second = forks.group(2, "train", recipe_file(), "--output", tmp_path / "run", "--json")
+    assert first.wait() == second.wait() == 0
+    assert json.loads(first.out)["run"] == str(tmp_path / "run")
+    assert second.out == ""
+    assert "warning" not in second.err
+
+
+@pytest.mark.slow
+def test_torchrun(forks: Forks, recipe_file: Write, tmp_path: Path, rooms: Path) -> None:
+    file, one, two = recipe_file(*SAME), tmp_path / "one", tmp_path / "two"
+    assert_done([forks.run("train", file, "--output", one)])
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "polytask", "train", str(file), "--output", str(two), "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(two)
+    assert_same(one, two)
