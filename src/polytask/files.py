@@ -142,7 +142,12 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> Any:
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
     """YAML text in the order of the keys, short lists on one line."""
-    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 100, "default_flow_style": None}
+    style: dict[str, Any] = {
+        "sort_keys": False,
+        "allow_unicode": True,
+        "width": 100,
+        "default_flow_style": None,
+    }
     text: str = yaml.dump(dict(data), Dumper=_Dumper, **style)
     return text
 

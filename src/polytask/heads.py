@@ -36,7 +36,10 @@ class HRNetHead(HeadSpec):
         """Four layers, numbered as in the official checkpoints."""
         hidden = channels * self.width
         return nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), BatchNorm2d(hidden), nn.ReLU(inplace=True), nn.Conv2d(hidden, outputs, 1)
+            nn.Conv2d(channels, hidden, 1),
+            BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, outputs, 1),
         )
 
 

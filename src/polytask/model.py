@@ -43,7 +43,9 @@ class ModelSpec(Spec):
         head = self.heads.get(name, self.head if task.dense else self.image_head)
         if head.dense != task.dense:
             kind = "one prediction per pixel" if task.dense else "one prediction per image"
-            raise ConfigError(f"head {head.type!r} does not fit task {name!r} ({kind})", where=f"model.heads.{name}")
+            raise ConfigError(
+                f"head {head.type!r} does not fit task {name!r} ({kind})", where=f"model.heads.{name}"
+            )
         return head
 
     def build(self, tasks: TaskSet, image_size: tuple[int, int]) -> MultiTaskModel:
@@ -54,14 +56,18 @@ class ModelSpec(Spec):
         """
         for name in self.heads:
             if name not in tasks:
-                raise ConfigError(f"{name!r} is not a task of this run", where="model.heads", hint=did_you_mean(name, tasks))
+                raise ConfigError(
+                    f"{name!r} is not a task of this run", where="model.heads", hint=did_you_mean(name, tasks)
+                )
         heads = {name: self.head_of(name, task) for name, task in tasks.items()}
         backbone = self.backbone.build(image_size)
         if self.freeze_backbone:
             backbone.requires_grad_(False)
         if self.adapter is not None:
             if self.freeze_backbone:
-                raise ConfigError("an adapter decides itself what trains", where="model.freeze_backbone", got=True)
+                raise ConfigError(
+                    "an adapter decides itself what trains", where="model.freeze_backbone", got=True
+                )
             adapt(backbone, self.adapter, tuple(tasks))
         if backbone.base_digest is None and any(not p.requires_grad for p in backbone.parameters()):
             warnings.warn(
@@ -70,7 +76,9 @@ class ModelSpec(Spec):
                 PolytaskWarning, stacklevel=2,
             )  # fmt: skip
         neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks))
-        built = PerTask({name: head.build(neck.channels, tasks[name].channels) for name, head in heads.items()})
+        built = PerTask(
+            {name: head.build(neck.channels, tasks[name].channels) for name, head in heads.items()}
+        )
         return MultiTaskModel(backbone, neck, built)
 
 

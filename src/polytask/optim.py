@@ -61,9 +61,11 @@ class OptimSpec(Spec):
         if self.schedule == "constant" and not self.warmup_epochs:
             return None
         factor = self.factor(batch_size)
+        warmup = min(round(self.warmup_epochs * steps_per_epoch), steps)
         common: dict[str, Any] = {
-            "t_initial": steps,
-            "warmup_t": min(round(self.warmup_epochs * steps_per_epoch), steps),
+            "t_initial": max(steps - warmup, 1),
+            "warmup_t": warmup,
+            "warmup_prefix": True,
             "warmup_lr_init": self.warmup_lr * factor,
             "lr_min": self.min_lr * factor,
             "t_in_epochs": False,

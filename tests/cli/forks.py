@@ -61,7 +61,11 @@ class Forks:
         paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def start(
@@ -85,7 +89,13 @@ class Forks:
         folder = self.folder / f"fork{self.number}"
         folder.mkdir()
         words = list(map(str, words))
-        request = {"words": words, "die": die, "patch": patch, "env": {**self.extra, **(env or {})}, "folder": str(folder)}
+        request = {
+            "words": words,
+            "die": die,
+            "patch": patch,
+            "env": {**self.extra, **(env or {})},
+            "folder": str(folder),
+        }
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(request) + "\n")

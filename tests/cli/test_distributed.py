@@ -19,23 +19,27 @@ from polytask.runs import Run
 from tests.cli.forks import Fork, Forks
 
 Write = Callable[..., Path]
-# SGD, because Adam divides by the size of the gradient: where that is nearly zero, rounding becomes a step
+# small steps of SGD: Adam divides by the size of the gradient, so that where that is nearly zero rounding
+# becomes a whole step, and large steps let rounding grow at the kinks of L1 and ReLU
 SAME = (
-    "optim={type: sgd, lr: 0.02}", "model.adapter.dropout=0", "model.backbone.options.drop_path_rate=0", "phases.0.steps=5",
+    "optim={type: sgd, lr: 0.002}", "model.adapter.dropout=0", "model.backbone.options.drop_path_rate=0", "phases.0.steps=5",
     "run.max_eval_batches=null",
 )  # fmt: skip
 
 
 def deviation(one: Path, other: Path) -> float:
-    """Largest relative difference of any figure of any step."""
-    logs = [[line for line in read_log(run / "metrics.jsonl") if line["kind"] == "step"] for run in (one, other)]
+    """Largest relative difference of any loss, weight or learning rate of any step."""
+    logs = [
+        [line for line in read_log(run / "metrics.jsonl") if line["kind"] == "step"] for run in (one, other)
+    ]
     assert len(logs[0]) == len(logs[1]) > 0
     worst = 0.0
     for mine, theirs in zip(*logs, strict=True):
         assert mine.keys() == theirs.keys()
         for key in mine:
-            if key.startswith(("loss/", "weight/", "gradient_norm", "lr")):
+            if key.startswith(("loss/", "weight/", "lr")):
                 worst = max(worst, abs(mine[key] - theirs[key]) / max(abs(theirs[key]), 1e-12))
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
     return worst
 
 
@@ -71,8 +75,11 @@ def assert_same(one: Path, two: Path) -> None:
 def test_replicated(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: str) -> None:
     one, two = train_both(forks, recipe_file(*SAME, f"balancer={balancer}"), tmp_path)
     assert_same(one, two)
-    assert Run(one).log[0]["loss/semseg"] - Run(one).log[4]["loss/semseg"] > 0.05  # it did learn
-    assert json.loads((two / "cost.json").read_text())["total"] == json.loads((one / "cost.json").read_text())["total"]
+    assert Run(one).log[0]["loss/semseg"] - Run(one).log[4]["loss/semseg"] > 0.02  # it did learn
+    assert (
+        json.loads((two / "cost.json").read_text())["total"]
+        == json.loads((one / "cost.json").read_text())["total"]
+    )
 
 
 def test_labels_that_only_one_process_has(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:

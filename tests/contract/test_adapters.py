@@ -286,7 +286,6 @@ def test_a_failing_wrap_leaves_the_backbone_unchanged() -> None:
     assert {name: p.requires_grad for name, p in backbone.named_parameters()} == training
 
 
-@pytest.mark.xfail(strict=True, reason="adapt() replaces layers before it asks whether the blocks can fork")
 def test_a_refused_fork_leaves_the_backbone_unchanged() -> None:
     backbone = backbone_spec(
         {"name": "xcit_nano_12_p16_224", "options": {"embed_dim": 16, "depth": 4}}

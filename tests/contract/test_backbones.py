@@ -54,9 +54,6 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 TASKS = ("a", "b")
 
-EXTRA_ARGUMENTS = pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="Fork does not hand extra arguments on to its block"
-)
 adaptable = pytest.mark.parametrize("name", ADAPTABLE)
 every = pytest.mark.parametrize("name", [*ADAPTABLE, *PLAIN])
 
@@ -224,8 +221,8 @@ def test_after_merge_is_the_next_stage_merge_of_before_merge() -> None:
             "swinv2_tiny_window8_256",
             {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
         ),
-        pytest.param("beit_base_patch16_224", SMALL, marks=EXTRA_ARGUMENTS),
-        pytest.param("eva02_tiny_patch14_224", {**SMALL, "patch_size": 16}, marks=EXTRA_ARGUMENTS),
+        pytest.param("beit_base_patch16_224", SMALL),
+        pytest.param("eva02_tiny_patch14_224", {**SMALL, "patch_size": 16}),
     ],
 )
 def test_networks_that_would_bypass_a_wrapper_say_so(name: str, options: dict[str, Any]) -> None:
@@ -278,7 +275,6 @@ def test_batch_norm_in_a_forked_block_is_found_before_anything_changes() -> None
     assert [name for name, _ in backbone.named_modules()] == names
 
 
-@EXTRA_ARGUMENTS
 def test_blocks_with_extra_arguments() -> None:
     backbone = build({"name": "test_vit_relpos"})
     adapt(backbone, MTLoRA(rank=2, task_rank=2), TASKS)

@@ -308,7 +308,6 @@ def test_trainable_counts_of_variants(adapter: dict[str, Any], trainable: int) -
 RECIPE = OptimSpec(lr=5e-4, warmup_lr=5e-7, min_lr=5e-6, lr_per_batch=512, warmup_epochs=20)
 
 
-@pytest.mark.xfail(strict=True, reason="the cosine has to begin after the warm-up, not with it")
 def test_learning_rates() -> None:
     """The official loops set the rate after update k, so update k runs at the value after k - 1."""
     optimizer = RECIPE.optimizer(nn.Linear(2, 2), [], batch_size=32)

@@ -16,9 +16,9 @@ LAYERS = [
     {"metrics", "losses", "tasks", "data", "backbones"},
     {"adapters", "necks", "heads"},
     {"model"},
-    {"balancers", "optim", "phases", "convert"},
+    {"balancers", "optim", "phases"},
     {"recipe"},
-    {"engine", "cost", "runs", "predict", "report", "tables", "viz", "catalog", "demo"},
+    {"engine", "cost", "runs", "predict", "convert", "report", "tables", "viz", "catalog", "demo"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

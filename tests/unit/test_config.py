@@ -57,7 +57,9 @@ def test_typo_names_path_nearest_spelling_and_what_the_spec_takes() -> None:
     assert problems({"shape": {"type": "circle", "raduis": 2}}) == [
         "shape.raduis: unknown key; did you mean 'radius'? (circle takes type, radius, sizes)"
     ]
-    assert problems({"named": {"a": {"type": "square", "sied": 2}}})[0].startswith("named.a.sied: unknown key")
+    assert problems({"named": {"a": {"type": "square", "sied": 2}}})[0].startswith(
+        "named.a.sied: unknown key"
+    )
     assert problems({"shapes": ["circle", {"type": "square", "sied": 2}]})[0].startswith("shapes.1.sied:")
 
 
@@ -114,7 +116,10 @@ def test_python_words_do_not_reach_the_user() -> None:
 def test_source_and_place_stand_before_each_problem() -> None:
     with pytest.raises(ConfigErrors) as caught:
         decode(Drawing, {"colour": 1, "sized": 2}, source="x.yaml", at="a.b")
-    assert [p.split(": unknown")[0] for p in caught.value.problems] == ["x.yaml: a.b.colour", "x.yaml: a.b.sized"]
+    assert [p.split(": unknown")[0] for p in caught.value.problems] == [
+        "x.yaml: a.b.colour",
+        "x.yaml: a.b.sized",
+    ]
 
 
 def test_specs_are_frozen_and_take_keywords_only() -> None:
@@ -151,7 +156,9 @@ def test_taken_name_is_refused() -> None:
     class Other(Shape):
         type: Literal["square"] = "square"
 
-    with pytest.raises(ConfigError, match=r"test-shape 'square' is already registered by .*test_config\.Square"):
+    with pytest.raises(
+        ConfigError, match=r"test-shape 'square' is already registered by .*test_config\.Square"
+    ):
         register("test-shape")(Other)
 
     class Square(Shape):  # of the same name, but another class

@@ -67,7 +67,9 @@ def test_depth_of_bases(tmp_path: Path, depth: int, works: bool) -> None:
 
 def test_missing_base_names_the_file_that_wants_it(tmp_path: Path) -> None:
     top = write(tmp_path / "a.yaml", "base: nowhere.yaml\n")
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: recipe cannot be read .*it is the `base` of .*a\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"nowhere\.yaml: recipe cannot be read .*it is the `base` of .*a\.yaml"
+    ):
         load_yaml(top)
 
 
@@ -151,7 +153,10 @@ def test_written_yaml_reads_back(data: dict[str, Any]) -> None:
     assert parse_yaml(dump_yaml(data), "x") == data
 
 
-@given(st.dictionaries(st.text(max_size=3), plain, max_size=4), st.dictionaries(st.text(max_size=3), plain, max_size=4))
+@given(
+    st.dictionaries(st.text(max_size=3), plain, max_size=4),
+    st.dictionaries(st.text(max_size=3), plain, max_size=4),
+)
 def test_merge_keeps_what_the_nearer_file_says(below: dict[str, Any], above: dict[str, Any]) -> None:
     merged = merge(below, above)
     assert set(merged) == set(below) | set(above)

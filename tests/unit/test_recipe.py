@@ -169,7 +169,8 @@ names = st.sampled_from(["semseg", "depth", "scene", "normals"])
 changes = st.fixed_dictionaries(
     {},
     optional={
-        "name": st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=8) | st.just("1e5"),
+        "name": st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=8)
+        | st.just("1e5"),
         "seed": st.integers(0, 2**40),
         "optim.lr": rates,
         "optim.betas": st.tuples(rates, rates).map(list),

@@ -56,12 +56,17 @@ def adapt(backbone: Backbone, adapter: Adapter, tasks: Sequence[str]) -> None:
     for site in backbone.sites():
         layer = backbone.net.get_submodule(site.name)
         if not isinstance(layer, nn.Linear):
-            raise ConfigError(f"site {site.name} is a {type(layer).__name__}", expected="a plain linear layer")
+            raise ConfigError(
+                f"site {site.name} is a {type(layer).__name__}", expected="a plain linear layer"
+            )
         module = adapter.wrap(site, layer, plan, backbone)
         if module is not None:
             wrapped.append((site, module))
     if not wrapped:
-        raise ConfigError(f"adapter {adapter.type!r} matched no layer of the backbone", where="model.adapter.layers")
+        raise ConfigError(
+            f"adapter {adapter.type!r} matched no layer of the backbone", where="model.adapter.layers"
+        )
+    backbone.check_fork(plan)
     for name, parameter in backbone.net.named_parameters():
         parameter.requires_grad_(adapter.trains(name.replace(".layer.", ".")))
     for site, module in wrapped:

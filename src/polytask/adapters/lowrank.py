@@ -58,7 +58,7 @@ def branched_linear(
 
 class _BranchedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913 - autograd functions take flat arguments
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared_a: Tensor | None, shared_b: Tensor | None,
         task_a: Tensor | None, task_b: Tensor | None, drop: Tensor | None, layout: Layout,
     ) -> Tensor:  # fmt: skip
@@ -68,7 +68,9 @@ class _BranchedLinear(torch.autograd.Function):
         dropped = first if drop is None else torch.where(drop, 0.0, first)
         y = x.new_empty(streams, rows, weight.shape[0])
         base = y[0]
-        torch.mm(first, weight.t(), out=base) if bias is None else torch.addmm(bias, first, weight.t(), out=base)
+        torch.mm(first, weight.t(), out=base) if bias is None else torch.addmm(
+            bias, first, weight.t(), out=base
+        )
         shared_low = None if shared_a is None else dropped @ shared_a.t()
         if layout.shared_in_tasks and shared_low is not None and shared_b is not None:
             base.addmm_(shared_low, shared_b.t())
@@ -105,7 +107,9 @@ class _BranchedLinear(torch.autograd.Function):
             into_shared.append((low, shared_a))
         if task_a is not None:
             lows = torch.bmm(g[1:], task_b)  # [T, M, r]
-            grad_b = torch.bmm(task_low.transpose(1, 2), g[1:]).transpose(1, 2)  # thin factor first: 5 x faster
+            grad_b = torch.bmm(task_low.transpose(1, 2), g[1:]).transpose(
+                1, 2
+            )  # thin factor first: 5 x faster
         if lows is not None and narrow:
             flat = lows.transpose(0, 1).reshape(rows, -1)
             grad_a = (flat.t() @ dropped).view_as(task_a)

@@ -76,7 +76,9 @@ class MTLoRA(Adapter):
                         raise ConfigError(f"no value for task {task!r}", where=f"model.adapter.{field}")
                 for name in set(setting) - set(tasks):
                     hint = did_you_mean(name, tasks)
-                    raise ConfigError(f"{name!r} is not a task of this run", where=f"model.adapter.{field}", hint=hint)
+                    raise ConfigError(
+                        f"{name!r} is not a task of this run", where=f"model.adapter.{field}", hint=hint
+                    )
 
     def trains(self, name: str) -> bool:
         """The official rule: named parts of the trunk train, everything else is frozen."""
@@ -107,7 +109,9 @@ class MTLoRA(Adapter):
             is_last=site.is_last and site.role == "fc2",
         )
 
-    def _of_tasks(self, setting: Any, tasks: Sequence[str], stages: int, stage: int, field: str) -> dict[str, Any]:
+    def _of_tasks(
+        self, setting: Any, tasks: Sequence[str], stages: int, stage: int, field: str
+    ) -> dict[str, Any]:
         def value(task: str) -> Any:
             own = setting[task] if isinstance(setting, Mapping) else setting
             return per_stage(own, stages, field)[stage]
@@ -126,7 +130,10 @@ def per_stage(value: Any, stages: int, field: str) -> tuple[Any, ...]:
         return values * stages
     if len(values) != stages:
         raise ConfigError(
-            "one value, or one per stage", where=f"model.adapter.{field}", got=list(values), expected=f"{stages} values"
+            "one value, or one per stage",
+            where=f"model.adapter.{field}",
+            got=list(values),
+            expected=f"{stages} values",
         )
     return values
 
@@ -135,7 +142,13 @@ class Branches:
     """Settings of one layer's branches."""
 
     def __init__(
-        self, rank: int, scale: float, ranks: dict[str, int], scales: dict[str, float], dropout: float, mode: Mode
+        self,
+        rank: int,
+        scale: float,
+        ranks: dict[str, int],
+        scales: dict[str, float],
+        dropout: float,
+        mode: Mode,
     ) -> None:
         self.rank, self.scale, self.ranks, self.scales = rank, scale, ranks, scales
         self.dropout, self.mode = dropout, mode
@@ -164,7 +177,9 @@ class TaskLinear(LinearMap, Mergeable):
         is_last: nothing after this layer reads the shared stream, so that its branch may be skipped.
     """
 
-    def __init__(self, base: nn.Linear, branches: Branches, streams: Streams, *, narrow: bool, is_last: bool) -> None:
+    def __init__(
+        self, base: nn.Linear, branches: Branches, streams: Streams, *, narrow: bool, is_last: bool
+    ) -> None:
         super().__init__()
         self.base, self.streams, self.narrow, self.is_last = base, streams, narrow, is_last
         self.mode, self.scale, self.scales = branches.mode, branches.scale, branches.scales
@@ -185,7 +200,7 @@ class TaskLinear(LinearMap, Mergeable):
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
         active = [task for task in self.streams.active if task in self.tasks]
-        if self.mode == "addition" and active or any(p.requires_grad for p in self.base.parameters()):
+        if (self.mode == "addition" and active) or any(p.requires_grad for p in self.base.parameters()):
             return self._composed(x, active)
         return self._fused(x, active)
 
@@ -203,7 +218,9 @@ class TaskLinear(LinearMap, Mergeable):
         if self.training and self.dropout and not (skip and not narrow):
             mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
         shared = None if skip else (self.shared.A * gain, self.shared.B * self.scale)  # type: ignore[union-attr]
-        tasks = (self._stack(active, "A", gain if narrow else 1.0), self._stack(active, "B")) if active else None
+        tasks = (
+            (self._stack(active, "A", gain if narrow else 1.0), self._stack(active, "B")) if active else None
+        )
         layout = Layout(streams, narrow, self.mode == "matrixv2")
         y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
         return y.view(-1, *x.shape[1:-1], y.shape[-1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -120,24 +120,38 @@ class Fork(nn.Module):
         self.block, self.streams = block, streams
         self.stage, self.carry, self.recompute = stage, carry, recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens of the shared stream ``[B, ...]`` -> the same, or ``[S * B, ...]`` with ``carry``."""
+    def forward(self, x: Tensor, *extra: Any, **options: Any) -> Tensor:
+        """Tokens of the shared stream ``[B, ...]`` -> the same, or ``[S * B, ...]`` with ``carry``.
+
+        What else the network hands its blocks (position embeddings, an attention mask) goes on.
+        """
+        streams = self.streams
+        now = (streams.active, streams.skip_final_shared)  # a recomputation may come after the next pass
         if self.recompute and torch.is_grad_enabled():
-            y: Tensor = checkpoint(self._run, x, use_reentrant=False)
+            y: Tensor = checkpoint(self._run, now, x, *extra, use_reentrant=False, **options)
         else:
-            y = self._run(x)
-        if self.carry or not self.streams.active:
+            y = self._run(now, x, *extra, **options)
+        if self.carry or not streams.active:
             return y
-        shared, tasks = self.streams.split(y)
-        self.streams.kept[self.stage] = list(tasks)
+        shared, tasks = streams.split(y)
+        streams.kept[self.stage] = list(tasks)
         return shared
 
-    def _run(self, x: Tensor) -> Tensor:
-        if not self.streams.active:
-            return self.block(x)  # type: ignore[no-any-return]
-        self.streams.origin = x
-        y: Tensor = self.block(self.streams.repeat(x))
-        self.streams.origin = None
+    def _run(self, now: tuple[tuple[str, ...], bool], x: Tensor, *extra: Any, **options: Any) -> Tensor:
+        streams = self.streams
+        if not now[0]:
+            return self.block(x, *extra, **options)  # type: ignore[no-any-return]
+        before = (streams.active, streams.skip_final_shared)
+        try:
+            streams.active, streams.skip_final_shared = now
+            streams.origin = x
+            mask = options.get("attn_mask")
+            if isinstance(mask, Tensor) and len(mask) == len(x):  # one per sample
+                options["attn_mask"] = streams.repeat(mask)
+            y: Tensor = self.block(streams.repeat(x), *extra, **options)
+        finally:
+            streams.origin = None
+            streams.active, streams.skip_final_shared = before
         return y
 
 

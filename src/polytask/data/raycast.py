@@ -94,7 +94,7 @@ def mirror(point: Vector, axes: Frame) -> tuple[Vector, Frame]:
     return (-point[0], point[1], point[2]), ((a, -b, -c), (-d, e, f), (-g, h, i))
 
 
-def dot(a: Triple, b: Triple) -> Any:  # noqa: ANN401 - scalar or array, as the arguments
+def dot(a: Triple, b: Triple) -> Any:
     """Inner product in a fixed order of additions."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
