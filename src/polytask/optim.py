@@ -69,6 +69,7 @@ class OptimSpec(Spec):
             "warmup_lr_init": self.warmup_lr * factor,
             "lr_min": self.min_lr * factor,
             "t_in_epochs": False,
+            "cycle_decay": 0.5,  # of no effect in a single cycle; 1 makes timm remark on phases of one step
         }
         if self.schedule == "poly":
             return PolyLRScheduler(optimizer, power=self.power, cycle_limit=1, **common)

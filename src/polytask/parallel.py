@@ -36,8 +36,11 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"no such device ({error})", where="run.device", got=name) from None
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"no such device ({reason})", where="run.device", got=name) from None
     if device.type == "cuda":
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import safetensors.torch
+import timm
 import torch
 
 from polytask.backbones.shipped import WEIGHTS
@@ -31,7 +32,9 @@ def export(run: Run, target: Path = WEIGHTS) -> str:
         CheckpointError: the run is not finished or damaged.
     """
     scores = run.scores
-    state = {name: value.half().contiguous() for name, value in run.model().backbone.net.state_dict().items()}
+    net = timm.create_model(run.recipe.model.backbone.name)  # with the final norm that features do not need
+    net.load_state_dict(net.state_dict() | run.model().backbone.net.state_dict())
+    state = {name: value.half().contiguous() for name, value in net.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(state, target)
     record = {

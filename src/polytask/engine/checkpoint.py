@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def read(run: Path, name: str = "last") -> Saved:
         _verify(folder, manifest["sha256"])
         weights = safetensors.torch.load_file(folder / _WEIGHTS)
         return Saved(weights, torch.load(folder / _STATE, weights_only=True, map_location="cpu"), manifest)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, OSError, pickle.UnpicklingError) as error:
         if link.resolve() != folder:  # a training process replaced it just now
             return read(run, name)
         if isinstance(error, CheckpointError):

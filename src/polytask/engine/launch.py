@@ -21,6 +21,9 @@ from polytask.progress import set_quiet
 from polytask.recipe import Recipe
 
 
+DAY = 24 * 60
+
+
 def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
     """Train a recipe in a folder and write its scores and costs; joins torchrun's group if there is one.
 
@@ -65,7 +68,8 @@ def submit(arguments: Sequence[str], folder: Path, settings: Mapping[str, Any]) 
         arguments: the command line without ``--slurm``.
         folder: where submitit keeps its files.
         settings: submitit parameters (``slurm_partition``, ``nodes``, ``gpus_per_node``, ``timeout_min``…);
-            ``cluster=local`` runs the job on this machine, ``processes`` sets processes per node.
+            ``cluster=local`` runs the job on this machine, ``processes`` sets processes per node;
+            ``timeout_min`` is a day unless given.
 
     Raises:
         MissingDependencyError: submitit is not installed.
@@ -80,6 +84,7 @@ def submit(arguments: Sequence[str], folder: Path, settings: Mapping[str, Any]) 
     try:
         executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
         nodes = int(options.setdefault("nodes", 1))
+        options.setdefault("timeout_min", DAY)  # submitit's default is five minutes
         per_node = int(processes or options.get("gpus_per_node") or 1)
         executor.update_parameters(tasks_per_node=1, **options)
     except RuntimeError as error:

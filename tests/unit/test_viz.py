@@ -1,0 +1,111 @@
+"""Pictures and charts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from polytask.data.pipelines import Plain
+from polytask.errors import ConfigError, DataError
+from polytask.tasks import Classification, Depth, Segmentation
+from polytask.viz import (
+    Curve,
+    chart,
+    contact_sheet,
+    data_uri,
+    grid,
+    legend,
+    save_picture,
+    task_picture,
+    text_picture,
+    to_picture,
+)
+from tests.conftest import Make
+
+
+def test_normalized_image_back_to_a_picture() -> None:
+    pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    assert np.array_equal(to_picture(Plain().normalize(pixels), Plain()), pixels.permute(1, 2, 0).numpy())
+
+
+def test_tasks_as_pictures() -> None:
+    like = np.zeros((20, 60, 3), np.uint8)
+    for task, value in (
+        (Segmentation(classes=("a", "b")), torch.zeros(1, 20, 60, dtype=torch.long)),
+        (Segmentation(classes=("a", "b")), torch.full((20, 60), 255)),
+        (Depth(), torch.rand(1, 20, 60)),
+        (Classification(classes=("kitchen", "bath")), torch.tensor(1)),
+    ):
+        picture = task_picture(task, value, like)
+        assert picture.shape == like.shape
+        assert picture.dtype == np.uint8
+    words = text_picture("bath", 20, 60)
+    assert words.min() < 100 < words.max() == 255
+
+
+def test_grid_places_pictures() -> None:
+    red, blue = (np.broadcast_to(np.array(color, np.uint8), (6, 9, 3)) for color in ((255, 0, 0), (0, 0, 255)))
+    sheet = np.asarray(grid([[red, blue], [blue, red]], ["one", "a longer name"], ["p", "q"]))
+    assert (sheet == (255, 0, 0)).all(-1).sum() == (sheet == (0, 0, 255)).all(-1).sum() == 2 * 6 * 9
+
+
+def test_picture_in_a_page() -> None:
+    uri = data_uri(Image.new("RGB", (3, 2), "green"))
+    kind, _, data = uri.partition(",")
+    assert kind == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (3, 2)
+
+
+def test_chart_is_valid_whatever_the_names() -> None:
+    curves = [Curve("a<b & 'c'", [(0, 1.0), (10, float("nan")), (20, 3.0)], "#123456"), Curve("flat", [(5, 2.0)], "red")]
+    svg = chart(curves, "mIoU <& \"best\">", "step & more")
+    root = ET.fromstring(svg)
+    lines = [element for element in root.iter() if element.tag.endswith("polyline")]
+    assert len(lines) == 2
+    assert len(lines[0].attrib["points"].split()) == 2  # what is not finite is left out
+    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
+    assert "a<b & 'c'" in titles
+
+
+def test_nothing_to_draw() -> None:
+    assert chart([], "t", "x") == ""
+    assert chart([Curve("a", [(1, float("inf"))], "red")], "t", "x") == ""
+
+
+def test_flat_and_single_points() -> None:
+    for points in ([(1, 1.0)], [(0, 2.0), (1, 2.0)], [(0, 0.0)]):
+        assert "polyline" in chart([Curve("a", points, "red")], "t", "x")
+
+
+def test_legend_escapes() -> None:
+    assert "a&lt;b" in legend({"a<b": "red"})
+
+
+def test_contact_sheet(small: Make, rooms: Path) -> None:
+    data = small().data
+    sheet = contact_sheet(data, "val", 2)
+    assert sheet.size[0] > 8 * 48
+    assert 2 * 32 < sheet.size[1] < 3 * 48
+    with pytest.raises(ConfigError, match="unknown split"):
+        contact_sheet(data, "vla", 1)
+
+
+def test_empty_split(small: Make, rooms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = small().data
+    monkeypatch.setattr(type(data), "records", lambda *_: [])
+    with pytest.raises(DataError, match="the split is empty"):
+        contact_sheet(data, "val", 2)
+
+
+def test_saving_a_picture(tmp_path: Path) -> None:
+    save_picture(Image.new("RGB", (3, 2)), tmp_path / "new" / "a.png")
+    assert (tmp_path / "new" / "a.png").exists()
+    with pytest.raises(ConfigError, match=r"no kind of picture has this ending, got 'a\.txt'"):
+        save_picture(Image.new("RGB", (3, 2)), tmp_path / "a.txt")
