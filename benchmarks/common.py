@@ -18,7 +18,9 @@ def parse(description: str) -> argparse.Namespace:
     """``--quick`` and ``--json``, as every script takes them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller and fewer; ends within a minute")
-    parser.add_argument("--json", action="store_true", help="print one object with machine, settings and ratios")
+    parser.add_argument(
+        "--json", action="store_true", help="print one object with machine, settings and ratios"
+    )
     return parser.parse_args()
 
 
@@ -40,7 +42,9 @@ def median_ratio(seconds: Mapping[str, list[float]], side: str, reference: str) 
     return statistics.median(a / b for a, b in zip(seconds[side], seconds[reference], strict=True))
 
 
-def report(args: argparse.Namespace, settings: Mapping[str, Any], ratios: Mapping[str, float], notes: str = "") -> None:
+def report(
+    args: argparse.Namespace, settings: Mapping[str, Any], ratios: Mapping[str, float], notes: str = ""
+) -> None:
     """Print the result: JSON for programs, lines for people."""
     machine = {
         "processor": platform.processor() or platform.machine(),
@@ -49,7 +53,9 @@ def report(args: argparse.Namespace, settings: Mapping[str, Any], ratios: Mappin
         "threads": torch.get_num_threads(),
     }
     if args.json:
-        json.dump({"machine": machine, "settings": dict(settings), "ratios": dict(ratios)}, sys.stdout, indent=1)
+        json.dump(
+            {"machine": machine, "settings": dict(settings), "ratios": dict(ratios)}, sys.stdout, indent=1
+        )
         sys.stdout.write("\n")
         return
     lines = [f"{name:42s} {value:7.3f}" for name, value in ratios.items()]

@@ -18,13 +18,12 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.allocator import keep_freed_memory
 from polytask.adapters.mtlora import MTLoRA, TaskLinear
+from polytask.allocator import keep_freed_memory
 from polytask.backbones.timm import BackboneSpec
 from polytask.cost import count_macs, saved_activations
 from polytask.model import ModelSpec, MultiTaskModel
 from polytask.tasks import Normals, Saliency, Segmentation, TaskSet
-from polytask.types import to_device
 
 TASKS = TaskSet(
     {
@@ -39,7 +38,10 @@ TASKS = TaskSet(
 def build(size: int, *, adapter: bool = True, recompute: tuple[int, ...] = ()) -> MultiTaskModel:
     """Swin-T with MTLoRA r64, or fully fine-tuned."""
     backbone = BackboneSpec(
-        name="swin_tiny_patch4_window7_224", feature_point="after_merge", options={"drop_path_rate": 0.2}, recompute=recompute
+        name="swin_tiny_patch4_window7_224",
+        feature_point="after_merge",
+        options={"drop_path_rate": 0.2},
+        recompute=recompute,
     )
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -59,7 +61,12 @@ class PlainBranch(nn.Module):
 
     def __init__(self, layer: TaskLinear) -> None:
         super().__init__()
-        self.base, self.shared, self.scale, self.dropout = layer.base, layer.shared, layer.scale, nn.Dropout(layer.dropout)
+        self.base, self.shared, self.scale, self.dropout = (
+            layer.base,
+            layer.shared,
+            layer.scale,
+            nn.Dropout(layer.dropout),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.shared.A), self.shared.B)
@@ -113,7 +120,7 @@ def plain_layer(layer: TaskLinear, x: Tensor, inputs: list[Tensor] | None) -> tu
 
 def plain_last_block(block: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A Swin block whose projections fork: shared attention, then one residual path per stream."""
-    b, h, w, c = x.shape
+    _, h, w, c = x.shape
     attn, size = block.attn, block.window_size
     shift = any(block.shift_size)
     windows = block.norm1.layer(x)
@@ -121,7 +128,12 @@ def plain_last_block(block: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]
         windows = torch.roll(windows, (-block.shift_size[0], -block.shift_size[1]), (1, 2))
     windows = window_partition(windows, size).view(-1, block.window_area, c)
     n = block.window_area
-    q, k, v = attn.qkv(windows).reshape(-1, n, 3, attn.num_heads, c // attn.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (
+        attn.qkv(windows)
+        .reshape(-1, n, 3, attn.num_heads, c // attn.num_heads)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
     scores = (q * attn.scale) @ k.transpose(-2, -1) + attn._get_rel_pos_bias()
     if block.attn_mask is not None:
         count = block.attn_mask.shape[0]
@@ -168,7 +180,7 @@ def make_batch(size: int, count: int) -> dict[str, Tensor]:
     }
 
 
-def step(forward, model: MultiTaskModel, batch, optimizer) -> None:
+def step(forward, batch, optimizer) -> None:
     """One training step, the same for both sides but for ``forward``."""
     optimizer.zero_grad(set_to_none=True)
     losses = TASKS.losses(forward(batch["image"]), batch)
@@ -182,14 +194,22 @@ def check_equal(model: MultiTaskModel, twin: MultiTaskModel, batch) -> float:
     worst, gradients = 0.0, []
     logits = [plain_forward(twin, batch["image"]), model(batch["image"]).logits]
     for task in TASKS:
-        worst = max(worst, float((logits[0][task] - logits[1][task]).detach().abs().max() / logits[0][task].detach().abs().max()))
+        worst = max(
+            worst,
+            float(
+                (logits[0][task] - logits[1][task]).detach().abs().max()
+                / logits[0][task].detach().abs().max()
+            ),
+        )
     for side in logits:
         model.zero_grad()
         sum(TASKS.losses(side, batch).values()).backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         if name in gradients[1]:
-            worst = max(worst, float((gradient - gradients[1][name]).norm() / gradient.norm().clamp(min=1e-6)))
+            worst = max(
+                worst, float((gradient - gradients[1][name]).norm() / gradient.norm().clamp(min=1e-6))
+            )
     return worst
 
 
@@ -199,7 +219,7 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as `polytask train` does; for both sides
     size, repeats = (224, 3) if args.quick else (448, 9)
-    model, batch = build(size), to_device(make_batch(size, 2), torch.device("cpu"))
+    model, batch = build(size), make_batch(size, 2)
     twin = plain_twin(model)
     difference = check_equal(model, twin, batch)
     assert difference < 1e-3, f"the two formulations differ by {difference}"
@@ -223,8 +243,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     training = interleave(
         {
-            "plain": lambda: step(lambda x: plain_forward(twin, x), model, batch, optimizer),
-            "streams": lambda: step(lambda x: model(x).logits, model, batch, optimizer),
+            "plain": lambda: step(lambda x: plain_forward(twin, x), batch, optimizer),
+            "streams": lambda: step(lambda x: model(x).logits, batch, optimizer),
         },
         repeats,
     )
@@ -240,8 +260,9 @@ def main() -> None:
         "MACs, merged / streams": count_macs(merged, one, list(TASKS)) / count_macs(model, one, list(TASKS)),
     }
     settings = {
-        "backbone": "swin_tiny_patch4_window7_224", "image_size": size, "rank": 64, "task_rank": 4, "tasks": list(TASKS),
-        "batch": {"forward": 1, "training": 2}, "rounds": repeats, "unit": "CPU seconds of one thread, median of ratios",
+        "backbone": "swin_tiny_patch4_window7_224", "image_size": size, "rank": 64, "task_rank": 4,
+        "tasks": list(TASKS), "batch": {"forward": 1, "training": 2}, "rounds": repeats,
+        "unit": "CPU seconds of one thread, median of ratios",
         "largest relative difference": difference,
     }  # fmt: skip
     report(args, settings, ratios)

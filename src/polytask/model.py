@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,7 @@ class ModelSpec(Spec):
     neck: Annotated[NeckSpec, Slot("neck")] = FuseSpec()
     head: Annotated[HeadSpec, Slot("head")] = HRNetHead()
     image_head: Annotated[HeadSpec, Slot("head")] = PooledHead()
-    heads: dict[str, Annotated[HeadSpec, Slot("head")]] = {}
+    heads: dict[str, Annotated[HeadSpec, Slot("head")]] = Field(default_factory=dict)
     freeze_backbone: bool = False
 
     def head_of(self, name: str, task: Task) -> HeadSpec:
@@ -91,7 +92,7 @@ class MultiTaskModel(nn.Module):
         backbone.own_streams_only = True
 
     def train(self, mode: bool = True) -> MultiTaskModel:
-        """As ``nn.Module.train``; a backbone in which nothing trains stays in eval mode (batch norms, drop path)."""
+        """As ``nn.Module.train``; a backbone in which nothing trains stays in eval mode."""
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()):
             self.backbone.eval()

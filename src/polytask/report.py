@@ -221,19 +221,26 @@ def _charts(
 ) -> list[str]:
     charts = []
     for task, (metric, up) in comparison.tasks.items():
-        curves = [
-            Curve(names[run.path], _evaluations(run, f"{task}/{metric}"), colors[names[run.path]])
-            for run in runs
-            if task in run.tasks
-        ]
-        charts.append(
-            chart(curves, f"{task}: {metric} ({'higher' if up else 'lower'} is better)", "training step")
-        )
+        own = [run for run in runs if task in run.tasks]
+        scored = f"{task}: {metric} ({'higher' if up else 'lower'} is better)"
+        for title, kind, key in (
+            (scored, "eval", f"{task}/{metric}"),
+            (f"{task}: training loss", "step", f"loss/{task}"),
+        ):
+            curves = [Curve(names[r.path], _means(_logged(r, kind, key)), colors[names[r.path]]) for r in own]
+            charts.append(chart(curves, title, "training step"))
     return [svg for svg in charts if svg]
 
 
-def _evaluations(run: Run, key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in run.log if line["kind"] == "eval" and key in line]
+def _logged(run: Run, kind: str, key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in run.log if line["kind"] == kind and key in line]
+
+
+def _means(points: list[tuple[float, float]], bins: int = 40) -> list[tuple[float, float]]:
+    """Means of runs of points, so that a noisy curve can be read."""
+    size = -(-len(points) // bins) or 1
+    pieces = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(piece[-1][0], sum(y for _, y in piece) / len(piece)) for piece in pieces]
 
 
 def prediction_sheets(runs: Sequence[Run], comparison: Comparison, count: int) -> list[Image.Image]:

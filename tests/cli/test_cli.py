@@ -18,7 +18,19 @@ from polytask.cli import main, parser
 from tests.cli.forks import Forks
 
 Write = Callable[..., Path]
-VERBS = ("train", "eval", "predict", "profile", "compare", "list", "show", "demo", "data", "data verify", "data preview")
+VERBS = (
+    "train",
+    "eval",
+    "predict",
+    "profile",
+    "compare",
+    "list",
+    "show",
+    "demo",
+    "data",
+    "data verify",
+    "data preview",
+)
 
 
 class Call:
@@ -83,7 +95,14 @@ def test_every_verb_has_an_example_that_parses(call: Call, verb: str) -> None:
 
 
 def test_usage_errors(call: Call) -> None:
-    for words in ([], ["trian"], ["eval"], ["list", "nonsense"], ["profile", "x", "--repeats", "-1"], ["data"]):
+    for words in (
+        [],
+        ["trian"],
+        ["eval"],
+        ["list", "nonsense"],
+        ["profile", "x", "--repeats", "-1"],
+        ["data"],
+    ):
         code, out, err = call(*words)
         assert (code, out) == (2, "")
         assert "usage: polytask" in err
@@ -93,9 +112,13 @@ def test_usage_errors(call: Call) -> None:
 # --- a whole session -------------------------------------------------------------------------------
 
 
-def test_train_eval_predict_profile(call: Call, recipe_file: Write, rooms: Path, tmp_path: Path, photo: Path) -> None:
+def test_train_eval_predict_profile(
+    call: Call, recipe_file: Write, rooms: Path, tmp_path: Path, photo: Path
+) -> None:
     run = tmp_path / "run"
-    result = call.json("train", recipe_file(), "--output", run, "--set", "optim.lr=5e-4", "--opts", "seed", "3")
+    result = call.json(
+        "train", recipe_file(), "--output", run, "--set", "optim.lr=5e-4", "--opts", "seed", "3"
+    )
     assert result["run"] == str(run)
     assert set(result["scores"]) == {"semseg", "depth", "scene"}
     code, out, err = call("eval", run)
@@ -177,9 +200,9 @@ def test_data_verbs(call: Call, rooms: Path, tmp_path: Path) -> None:
     assert found["counts"] == {"val": 32}
     assert found["problems"] == []
     sheet = tmp_path / "new" / "sheet.png"
-    assert call.json("data", "preview", "rooms", "--set", "preset=nano", "--output", sheet, "--count", "2") == {
-        "preview": str(sheet)
-    }
+    assert call.json(
+        "data", "preview", "rooms", "--set", "preset=nano", "--output", sheet, "--count", "2"
+    ) == {"preview": str(sheet)}
     with Image.open(sheet) as picture:
         assert picture.size[1] > 2 * 32
 
@@ -218,7 +241,14 @@ def test_data_errors(call: Call, recipe_file: Write, tmp_path: Path, trained: Pa
     cases = {
         ("data", "verify", "pascal_context", nowhere): "nowhere",
         ("predict", trained, broken, photo, "--output", tmp_path / "out"): "broken.png: image cannot be read",
-        ("predict", trained, photo, tmp_path / "gone.png", "--output", tmp_path / "out"): "gone.png: no such image",
+        (
+            "predict",
+            trained,
+            photo,
+            tmp_path / "gone.png",
+            "--output",
+            tmp_path / "out",
+        ): "gone.png: no such image",
     }
     for words, message in cases.items():
         code, out, err = call(*words)
@@ -227,7 +257,9 @@ def test_data_errors(call: Call, recipe_file: Write, tmp_path: Path, trained: Pa
         assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     data = f"data={{type: pascal_context, root: {nowhere}, image_size: 32}}"
-    code, _, err = call("train", recipe_file(), "--output", tmp_path / "run", "--set", data, "--set", "tasks=[semseg]")
+    code, _, err = call(
+        "train", recipe_file(), "--output", tmp_path / "run", "--set", data, "--set", "tasks=[semseg]"
+    )
     assert code == 3
     assert not (tmp_path / "run").exists()
 
@@ -255,7 +287,9 @@ def test_checkpoint_errors(call: Call, tmp_path: Path, trained: Path, photo: Pat
 
 
 def test_divergence(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
-    file = recipe_file("run.checkpoint_every=1", "data.batch_size=4", "phases.0.epochs=1", "phases.0.steps=null")
+    file = recipe_file(
+        "run.checkpoint_every=1", "data.batch_size=4", "phases.0.epochs=1", "phases.0.steps=null"
+    )
     fork = forks.run("train", file, "--output", tmp_path / "run", "--json", patch="bad_image")
     assert fork.wait() == 5
     assert fork.out == ""
@@ -288,7 +322,9 @@ def test_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reader_that_goes_away() -> None:
     command = f"{sys.executable} -m polytask show --schema | head -c 10"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -22,8 +22,8 @@ Write = Callable[..., Path]
 # small steps of SGD: Adam divides by the size of the gradient, so that where that is nearly zero rounding
 # becomes a whole step, and large steps let rounding grow at the kinks of L1 and ReLU
 SAME = (
-    "optim={type: sgd, lr: 0.002}", "model.adapter.dropout=0", "model.backbone.options.drop_path_rate=0", "phases.0.steps=5",
-    "run.max_eval_batches=null",
+    "optim={type: sgd, lr: 0.002}", "model.adapter.dropout=0", "model.backbone.options.drop_path_rate=0",
+    "phases.0.steps=5", "run.max_eval_batches=null",
 )  # fmt: skip
 
 

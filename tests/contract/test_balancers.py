@@ -166,7 +166,10 @@ def test_uncertainty_learns_to_weigh_down_what_is_large(net: Net) -> None:
     balancer: Any = UncertaintySpec().build(TASKS)
     optimizer = torch.optim.SGD(balancer.parameters(), lr=0.2)
     for _ in range(400):
-        losses = {name: net.shared.weight.sum() * 0 + value for name, value in zip(NAMES, (0.5, 1.0, 4.0), strict=True)}
+        losses = {
+            name: net.shared.weight.sum() * 0 + value
+            for name, value in zip(NAMES, (0.5, 1.0, 4.0), strict=True)
+        }
         weights = balancer.backward(losses, net.partition())
         optimizer.step()
     assert [weights[name] for name in NAMES] == pytest.approx([1.0, 0.5, 0.125], rel=1e-2)  # 1 / (2 L)

@@ -77,6 +77,8 @@ def test_shrunk_recipe_takes_a_step(recipe: Recipe, rooms: Path, tmp_path: Path)
     optimizer = optim.optimizer(model, list(balancer.parameters()), 2)
     samples = small.data.open(small.run.train_split, tasks, train=True, seed=0)
     batch = next(iter(train_loader(samples, batch_size=2, epoch=0, seed=0)))
-    log = train_step(model, tasks, batch, balancer, optimizer, small.phases[0].objective, clip_norm=optim.clip_norm)
+    log = train_step(
+        model, tasks, batch, balancer, optimizer, small.phases[0].objective, clip_norm=optim.clip_norm
+    )
     assert log.losses
     assert log.gradient_norm > 0

@@ -79,7 +79,9 @@ def test_warmup_longer_than_the_phase(net: nn.Module) -> None:
     assert rates(OptimSpec(lr=1.0, warmup_epochs=100), net, 4) == pytest.approx([0, 0.25, 0.5, 0.75])
 
 
-@pytest.mark.parametrize("settings", [{"lr": 0}, {"lr": -1}, {"clip_norm": 0}, {"warmup_epochs": -1}, {"type": "lion"}])
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0}, {"lr": -1}, {"clip_norm": 0}, {"warmup_epochs": -1}, {"type": "lion"}]
+)
 def test_impossible_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         OptimSpec(**settings)  # type: ignore[arg-type]

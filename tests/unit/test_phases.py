@@ -34,7 +34,9 @@ def test_freeze_and_unfreeze(net: nn.Module) -> None:
 def test_pattern_that_matches_nothing(net: nn.Module, kind: type[Freeze]) -> None:
     action = kind(patterns=("neck.*", "bakbone.*"))
     for call in (action.check, action.apply):
-        with pytest.raises(ConfigError, match=r"'bakbone\.\*' matches no parameter; did you mean 'backbone\.\*'"):
+        with pytest.raises(
+            ConfigError, match=r"'bakbone\.\*' matches no parameter; did you mean 'backbone\.\*'"
+        ):
             call(net)
     assert len(trains(net)) == 4
 
@@ -65,9 +67,9 @@ def test_load_of_what_does_not_fit(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         Load(path=file).check(net)
     save_file({"backbone.weight": torch.ones(3, 3), "extra": torch.ones(1)}, file)
-    with pytest.raises(CheckpointError, match="2 tensors do not fit the model, first backbone.weight"):
+    with pytest.raises(CheckpointError, match=r"2 tensors do not fit the model, first backbone\.weight"):
         Load(path=file).check(net)
-    with pytest.raises(CheckpointError, match="no tensor begins with 'neck.', got '2 tensors'"):
+    with pytest.raises(CheckpointError, match=r"no tensor begins with 'neck\.', got '2 tensors'"):
         Load(path=file, prefix="neck.").check(net)
 
 
@@ -87,7 +89,9 @@ def test_factor_of_a_task_without_labels_in_this_batch() -> None:
 
 
 def test_penalty_nobody_emits() -> None:
-    with pytest.raises(ConfigError, match=r"no part of the model emits penalty 'budgt'; did you mean 'budget'"):
+    with pytest.raises(
+        ConfigError, match=r"no part of the model emits penalty 'budgt'; did you mean 'budget'"
+    ):
         Objective(penalties={"budgt": 1.0}).select({}, {"budget": torch.tensor(1.0)})
 
 

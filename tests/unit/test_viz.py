@@ -51,7 +51,9 @@ def test_tasks_as_pictures() -> None:
 
 
 def test_grid_places_pictures() -> None:
-    red, blue = (np.broadcast_to(np.array(color, np.uint8), (6, 9, 3)) for color in ((255, 0, 0), (0, 0, 255)))
+    red, blue = (
+        np.broadcast_to(np.array(color, np.uint8), (6, 9, 3)) for color in ((255, 0, 0), (0, 0, 255))
+    )
     sheet = np.asarray(grid([[red, blue], [blue, red]], ["one", "a longer name"], ["p", "q"]))
     assert (sheet == (255, 0, 0)).all(-1).sum() == (sheet == (0, 0, 255)).all(-1).sum() == 2 * 6 * 9
 
@@ -64,8 +66,11 @@ def test_picture_in_a_page() -> None:
 
 
 def test_chart_is_valid_whatever_the_names() -> None:
-    curves = [Curve("a<b & 'c'", [(0, 1.0), (10, float("nan")), (20, 3.0)], "#123456"), Curve("flat", [(5, 2.0)], "red")]
-    svg = chart(curves, "mIoU <& \"best\">", "step & more")
+    curves = [
+        Curve("a<b & 'c'", [(0, 1.0), (10, float("nan")), (20, 3.0)], "#123456"),
+        Curve("flat", [(5, 2.0)], "red"),
+    ]
+    svg = chart(curves, 'mIoU <& "best">', "step & more")
     root = ET.fromstring(svg)
     lines = [element for element in root.iter() if element.tag.endswith("polyline")]
     assert len(lines) == 2

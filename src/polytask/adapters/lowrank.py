@@ -52,15 +52,20 @@ def branched_linear(
         ``[S * M, out]``. Differentiable once, in x and the branches.
     """
     none = (None, None)
-    y: Tensor = _BranchedLinear.apply(x, weight, bias, *(shared or none), *(tasks or none), drop, layout)
+    tensors = [x, weight, bias, *(shared or none), *(tasks or none)]
+    if torch.is_autocast_enabled(x.device.type):  # as torch does for its own linear layers
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    y: Tensor = _BranchedLinear.apply(*tensors, drop, layout)
     return y
 
 
 class _BranchedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared_a: Tensor | None, shared_b: Tensor | None,
-        task_a: Tensor | None, task_b: Tensor | None, drop: Tensor | None, layout: Layout,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        shared_a: Tensor | None, shared_b: Tensor | None, task_a: Tensor | None, task_b: Tensor | None,
+        drop: Tensor | None, layout: Layout,
     ) -> Tensor:  # fmt: skip
         streams, narrow, _ = layout
         rows = x.shape[0] if narrow else x.shape[0] // streams
@@ -68,9 +73,10 @@ class _BranchedLinear(torch.autograd.Function):
         dropped = first if drop is None else torch.where(drop, 0.0, first)
         y = x.new_empty(streams, rows, weight.shape[0])
         base = y[0]
-        torch.mm(first, weight.t(), out=base) if bias is None else torch.addmm(
-            bias, first, weight.t(), out=base
-        )
+        if bias is None:
+            torch.mm(first, weight.t(), out=base)
+        else:
+            torch.addmm(bias, first, weight.t(), out=base)
         shared_low = None if shared_a is None else dropped @ shared_a.t()
         if layout.shared_in_tasks and shared_low is not None and shared_b is not None:
             base.addmm_(shared_low, shared_b.t())
@@ -94,7 +100,7 @@ class _BranchedLinear(torch.autograd.Function):
         x, weight, shared_a, shared_b, task_a, task_b, drop, shared_low, task_low = ctx.saved_tensors  # type: ignore[attr-defined]
         streams, narrow, shared_in_tasks = ctx.layout  # type: ignore[attr-defined]
         rows = x.shape[0] if narrow else x.shape[0] // streams
-        g = gradient.view(streams, rows, -1)
+        g = gradient.reshape(streams, rows, -1)
         first = x[:rows]
         dropped = first if drop is None else torch.where(drop, 0.0, first)
         base = g.sum(0) if streams > 1 else g[0]

@@ -159,9 +159,8 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self.A = nn.Parameter(torch.empty(rank, layer.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(layer.out_features, rank, **like))
+        self.A = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
+        self.B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
         bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
         nn.init.uniform_(self.A, -bound, bound)
 
@@ -184,7 +183,7 @@ class TaskLinear(LinearMap, Mergeable):
         self.base, self.streams, self.narrow, self.is_last = base, streams, narrow, is_last
         self.mode, self.scale, self.scales = branches.mode, branches.scale, branches.scales
         has_shared = branches.rank > 0 and branches.mode != "addition"
-        self.shared = LowRank(base, branches.rank) if has_shared else None
+        self.shared: LowRank | None = LowRank(base, branches.rank) if has_shared else None
         self.tasks = PerTask({task: LowRank(base, rank) for task, rank in branches.ranks.items()})
         self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
         self.dropout = branches.dropout
@@ -244,7 +243,7 @@ class TaskLinear(LinearMap, Mergeable):
         return F.dropout(x, self.dropout, self.training)
 
     def _stack(self, active: list[str], factor: str, gain: float = 1.0) -> Tensor:
-        """Factors of the active tasks times ``gain``, zero-padded to the largest rank (exact); B comes scaled."""
+        """Factors times ``gain``, zero-padded to the largest rank (exact); B comes scaled."""
         matrices = []
         width = max(len(self.tasks[task].A) for task in active)  # type: ignore[arg-type]
         for task in active:
@@ -263,7 +262,8 @@ class TaskLinear(LinearMap, Mergeable):
 
     def linear_weight(self) -> Tensor | None:
         """``W + s B A`` if the layer has no bias, no task branches and no active dropout."""
-        if self.base.bias is not None or len(self.tasks) or (self.training and self.dropout):
+        dropping = self.training and self.dropout > 0
+        if "bias" in dict(self.base.named_parameters()) or len(self.tasks) or dropping:
             return None
         return self.base.weight if self.shared is None else self._merged_weight()
 

@@ -1,7 +1,7 @@
 """``swin_rooms``: a compact Swin with weights that come with the package, as a timm model.
 
-Pretrained on image-level labels of rooms by ``recipes/rooms/pretrain.yaml``; ``weights/swin_rooms.json`` tells
-how. Once this module is imported, ``timm.create_model("swin_rooms", pretrained=True)`` works too.
+Pretrained on image-level labels of rooms by ``recipes/rooms/pretrain.yaml``; ``weights/swin_rooms.json``
+tells how. Once this module is imported, ``timm.create_model("swin_rooms", pretrained=True)`` works too.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ default_cfgs = generate_default_cfgs(
 def swin_rooms(pretrained: bool = False, **options: Any) -> nn.Module:
     """Swin with patch 4, width 32, depths 2-2-2-1 and windows of 4: 1.5 M parameters."""
     settings: dict[str, Any] = {
-        "img_size": (64, 96), "patch_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 1), "num_heads": (2, 4, 8, 16),
-        "window_size": 4, "num_classes": 0,
+        "img_size": (64, 96), "patch_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 1),
+        "num_heads": (2, 4, 8, 16), "window_size": 4, "num_classes": 0,
     }  # fmt: skip
     net: nn.Module = build_model_with_cfg(
         SwinTransformer, "swin_rooms", pretrained, pretrained_filter_fn=checkpoint_filter_fn,

@@ -1,4 +1,4 @@
-"""A finished pretraining run -> the weights that ship with the package: ``python -m polytask.convert.shipped RUN``."""
+"""A finished pretraining run -> the shipped weights: ``python -m polytask.convert.shipped RUN``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from polytask.backbones.shipped import WEIGHTS
 from polytask.config import encode
 from polytask.engine.checkpoint import file_hash
-from polytask.engine.trainer import write_text
+from polytask.files import write_text
 from polytask.runs import Run
 
 

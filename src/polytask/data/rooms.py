@@ -151,7 +151,7 @@ class Rooms(DatasetSpec):
         return value.float() if value.is_floating_point() else value
 
     def _objects(self, record: Record) -> Tensor:
-        """Which kinds of object the image shows, on at least ``1 / _VISIBLE`` of its pixels: uint8 ``[12]``."""
+        """Which kinds of object cover at least ``1 / _VISIBLE`` of the image: uint8 ``[12]``."""
         semseg = self.read(record, "semseg").long()
         counts = semseg.flatten().bincount(minlength=len(CLASSES))
         return (counts[1:] * _VISIBLE >= semseg.numel()).to(torch.uint8)

@@ -20,7 +20,6 @@ from polytask.files import to_json, write_text
 from polytask.progress import set_quiet
 from polytask.recipe import Recipe
 
-
 DAY = 24 * 60
 
 

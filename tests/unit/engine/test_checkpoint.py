@@ -164,15 +164,19 @@ def test_other_tasks(trained: Path, tmp_path: Path) -> None:
 
 def test_other_rank(trained: Path, tmp_path: Path) -> None:
     run = altered(trained, tmp_path / "run", ("    rank: 2\n", "    rank: 3\n"))
-    with pytest.raises(CheckpointError, match="checkpoint does not fit the model: 0 tensors missing, 0 left over, [1-9]"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint does not fit the model: 0 tensors missing, 0 left over, [1-9]"
+    ):
         run.model()
 
 
 def test_no_adapter(trained: Path, tmp_path: Path) -> None:
     data = load_yaml(trained / "recipe.yaml")
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps({**data, "model": {**data["model"], "adapter": None}}))
-    with pytest.raises(CheckpointError, match="tensors missing, [1-9]"):
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        json.dumps({**data, "model": {**data["model"], "adapter": None}})
+    )
+    with pytest.raises(CheckpointError, match=r"tensors missing, [1-9]"):
         Run(tmp_path / "run").model()
 
 

@@ -56,7 +56,9 @@ def test_going_on_drops_later_lines_and_goes_into_the_same_file(tmp_path: Path) 
     assert read_log(file) == []
 
 
-@pytest.mark.parametrize("tail", [b'{"kind": "st', b"\x00\x00", b'{"kind": "step"}', b"3\n", b"\xff\xfe", b"\n\n"])
+@pytest.mark.parametrize(
+    "tail", [b'{"kind": "st', b"\x00\x00", b'{"kind": "step"}', b"3\n", b"\xff\xfe", b"\n\n"]
+)
 def test_damaged_end(tmp_path: Path, tail: bytes) -> None:
     file = tmp_path / "m.jsonl"
     file.write_bytes(b'{"kind": "step", "step": 1}\n' + tail)
@@ -80,7 +82,13 @@ def test_no_file_is_an_empty_log(tmp_path: Path) -> None:
     ],
 )
 def test_missing_package(
-    small: Make, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, package: str, extra: str
+    small: Make,
+    rooms: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tracker: str,
+    package: str,
+    extra: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=rf"pip install 'polytask\[{extra}\]'"):

@@ -114,7 +114,12 @@ def test_non_finite_loss_names_task_place_and_samples(model: MultiTaskModel) -> 
     with pytest.raises(NonFiniteLossError) as caught:
         step(model, data, where="phase 'warm up', step 7")
     text = str(caught.value)
-    for part in ("task 'depth' is inf", "phase 'warm up', step 7", "picture0, picture1", "checkpoint is intact"):
+    for part in (
+        "task 'depth' is inf",
+        "phase 'warm up', step 7",
+        "picture0, picture1",
+        "checkpoint is intact",
+    ):
         assert part in text
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 

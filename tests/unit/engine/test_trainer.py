@@ -111,7 +111,9 @@ def test_same_seed_same_run_other_seed_another(run: Run_) -> None:
 
 
 def test_length_in_epochs_and_steps(run: Run_) -> None:
-    folder = run("data.batch_size=32", "phases=[{name: a, epochs: 2}, {name: b, steps: 3}]", "run.eval_every=1")
+    folder = run(
+        "data.batch_size=32", "phases=[{name: a, epochs: 2}, {name: b, steps: 3}]", "run.eval_every=1"
+    )
     assert [(line["phase"], line["epoch"]) for line in lines(folder)] == [
         ("a", 1), ("a", 1), ("a", 2), ("a", 2), ("b", 1), ("b", 1), ("b", 2),
     ]  # fmt: skip
@@ -261,13 +263,16 @@ def test_best_when_a_first_score_is_zero(small: Make, rooms: Path, tmp_path: Pat
     trainer = Trainer(small("tasks=[semseg, depth]"), tmp_path / "run")
     one = phase.PhaseRun(trainer, 0, trainer.recipe.phases[0], None)
     for depth, better in ((4.0, True), (5.0, False), (3.0, True), (3.5, False)):
-        assert one._is_better({"semseg": {"mIoU": depth if depth != 4 else 0.0}, "depth": {"rmse": depth}}) is better
+        assert (
+            one._is_better({"semseg": {"mIoU": depth if depth != 4 else 0.0}, "depth": {"rmse": depth}})
+            is better
+        )
 
 
 def test_folder_that_holds_a_run(run: Run_, small: Make, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         check_folder(trained, small(), resume=False)
-    with pytest.raises(ConfigError, match="other values of optim.lr"):
+    with pytest.raises(ConfigError, match=r"other values of optim\.lr"):
         check_folder(trained, small("optim.lr=1"), resume=True)
     check_folder(trained, small(), resume=True)
     with pytest.raises(CheckpointError, match="no run to resume"):
@@ -287,7 +292,9 @@ def test_refused_run_leaves_no_folder(run: Run_, small: Make, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_divergence_keeps_the_last_checkpoint(run: Run_, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_divergence_keeps_the_last_checkpoint(
+    run: Run_, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     changes = ("run.checkpoint_every=1", "phases.0.steps=6")
     original, calls = phase.to_device, []
 
@@ -310,7 +317,11 @@ def test_divergence_keeps_the_last_checkpoint(run: Run_, monkeypatch: pytest.Mon
 
 def test_bf16(run: Run_) -> None:
     folder = run("run.precision=bf16")
-    assert all(value.dtype == torch.float32 for value in checkpoint.read(folder).weights.values() if value.is_floating_point())
+    assert all(
+        value.dtype == torch.float32
+        for value in checkpoint.read(folder).weights.values()
+        if value.is_floating_point()
+    )
     assert lines(folder)[0]["loss/depth"] > 0
 
 

@@ -1,0 +1,116 @@
+"""The fused branched linear map against its reference made of ordinary operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
+from polytask.adapters.mtlora import Branches, TaskLinear
+from polytask.backbones.streams import Streams
+
+RANKS = {"a": 2, "b": 3}
+SCALES = {"a": 1.5, "b": 0.5}
+
+
+def layer(*, mode: str, narrow: bool, rank: int = 4, dropout: float = 0.0) -> TaskLinear:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5).double().requires_grad_(False)
+    streams = Streams()
+    streams.begin(("a", "b"), skip_final_shared=False)
+    branches = Branches(rank, 2.0, RANKS, SCALES, dropout, mode)  # type: ignore[arg-type]
+    made = TaskLinear(base, branches, streams, narrow=narrow, is_last=False)
+    for name, parameter in made.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter)
+    return made
+
+
+def gradients(made: TaskLinear, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    weights = torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()
+    named = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((y * weights).sum(), [x, *named.values()])
+    return dict(zip(["x", *named], found, strict=True))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("mode", ["matrix", "matrixv2"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_fused_equals_composed(mode: str, narrow: bool, rank: int) -> None:
+    made = layer(mode=mode, narrow=narrow, rank=rank)
+    x = torch.randn(2 if narrow else 6, 7, 6, dtype=torch.float64, requires_grad=True)
+    fused, composed = made._fused(x, ["a", "b"]), made._composed(x, ["a", "b"])
+    torch.testing.assert_close(fused, composed)
+    ours, reference = gradients(made, x, fused), gradients(made, x, composed)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(ours[name], gradient)
+
+
+def test_without_streams_only_the_shared_branch_runs() -> None:
+    made = layer(mode="matrix", narrow=True)
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    fused, composed = made._fused(x, []), made._composed(x, [])
+    torch.testing.assert_close(fused, composed)
+    assert made.shared is not None
+    named = [x, made.shared.A, made.shared.B]
+    for ours, reference in zip(
+        torch.autograd.grad(fused.square().sum(), named),
+        torch.autograd.grad(composed.square().sum(), named),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gradients_with_dropout_are_those_of_the_function(narrow: bool) -> None:
+    torch.manual_seed(0)
+    rows, streams = 3, 3
+    x = torch.randn(rows if narrow else rows * streams, 4, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    factors = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 4), (5, 2), (2, 3, 4), (2, 5, 3))
+    ]
+    drop = torch.rand(rows, 4) < 0.4
+
+    def run(x: Tensor, a: Tensor, b: Tensor, task_a: Tensor, task_b: Tensor) -> Tensor:
+        layout = Layout(streams, narrow, False)
+        return branched_linear(x, weight, bias, (a, b), (task_a, task_b), drop, layout)
+
+    assert torch.autograd.gradcheck(run, (x, *factors))
+
+
+def test_dropped_inputs_reach_no_branch() -> None:
+    made = layer(mode="matrix", narrow=True, dropout=0.5).train()
+    x = torch.ones(1, 200, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    y = made(x)
+    base = made.base(x)
+    assert (y[0] != base[0]).any()
+    assert len(y[0].unique(dim=0)) > 1  # rows differ by their masks alone
+
+
+def test_mask_has_the_probability_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    mask, gain = dropout_mask(torch.empty(1000, 1001), 0.05)
+    assert mask.dtype == torch.bool
+    assert abs(mask.double().mean() - 0.05) < 0.001
+    assert abs(gain - 1 / 0.95) < 1e-4
+
+
+def test_mask_follows_the_generator() -> None:
+    torch.manual_seed(3)
+    one = dropout_mask(torch.empty(7, 5), 0.3)[0]
+    torch.manual_seed(3)
+    assert torch.equal(one, dropout_mask(torch.empty(7, 5), 0.3)[0])
+
+
+def test_bfloat16_autocast() -> None:
+    made = layer(mode="matrix", narrow=False).float()
+    x = torch.randn(6, 7, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
