@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import polytask
+from polytask.config import Spec
 
 project = "polytask"
 author = "polytask contributors"
@@ -43,7 +44,30 @@ def _bars(app, what, name, item, options, lines) -> None:  # noqa: ANN001, ARG00
     lines[:] = [line if "``" in line else line.replace("|", r"\|") for line in lines]
 
 
+def _is_spec(item: object) -> bool:
+    return isinstance(item, type) and issubclass(item, Spec)
+
+
+def _no_signature(app, what, name, item, options, signature, returns):  # noqa: ANN001, ANN202, ARG001
+    """Specs take keywords, which their list of settings explains."""
+    return ("", returns) if _is_spec(item) else None
+
+
+def _settings(app, what, name, item, options, lines) -> None:  # noqa: ANN001, ARG001
+    """Append the settings of a spec with defaults and descriptions."""
+    if not _is_spec(item):
+        return
+    lines.append("")
+    for key, field in item.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = type(default).__name__ if isinstance(default, Spec) else repr(default)
+        note = "required" if field.is_required() else f"default ``{shown}``"
+        lines.append(f":param {key}: {field.description + '; ' if field.description else ''}{note}")
+
+
 def setup(app) -> None:  # noqa: ANN001
     """Called by Sphinx."""
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _bars)
+    app.connect("autodoc-process-docstring", _settings)
+    app.connect("autodoc-process-signature", _no_signature)

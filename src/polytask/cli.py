@@ -207,13 +207,8 @@ def _submit(args: argparse.Namespace, recipe: Recipe, run: Path) -> int:
         if "=" not in text:
             raise ConfigError("settings look like KEY=VALUE", where="--slurm", got=text)
     settings = {k: parse_yaml(v, "--slurm") for k, _, v in (text.partition("=") for text in args.slurm)}
-    words = [
-        "train",
-        str(args.recipe or args.cfg),
-        "--output",
-        str(run),
-        *(["--resume"] if args.resume else []),
-    ]
+    words = ["train", str(args.recipe or args.cfg), "--output", str(run)]
+    words += ["--resume"] * args.resume
     words += [word for text in args.sets for word in ("--set", text)]
     words += ["--opts", *args.opts] if args.opts else []
     job = submit(words, run / "slurm", settings)

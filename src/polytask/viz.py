@@ -23,7 +23,7 @@ from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
 
 GAP, LABEL_HEIGHT = 4, 16
-COLORS = (
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#e69f00", "#000000", "#882255", "#999999")
     "#4477aa",
     "#ee6677",
     "#228833",
