@@ -23,18 +23,10 @@ from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
 
 GAP, LABEL_HEIGHT = 4, 16
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#e69f00", "#000000", "#882255", "#999999")
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#bbbbbb",
-    "#000000",
-    "#e69f00",
-    "#882255",
-)
+COLORS = (
+    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee",
+    "#aa3377", "#e69f00", "#000000", "#882255", "#999999",
+)  # fmt: skip
 
 
 def to_picture(image: Tensor, pipeline: Pipeline) -> np.ndarray:
