@@ -81,9 +81,7 @@ def parser() -> argparse.ArgumentParser:
     _recipe_options(train)
     train.add_argument("--output", type=Path, help="run folder (default: runs/<name of the recipe>)")
     train.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    train.add_argument(
-        "--slurm", nargs="*", metavar="K=V", help="submit as a SLURM job with these submitit settings"
-    )
+    train.add_argument("--slurm", nargs="*", metavar="K=V", help="submit as a job, with submitit settings")
     evaluate = _verb(verbs, "eval", _eval, "score a trained run", "polytask eval runs/mtlora --split test")
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--checkpoint", default="last", choices=("last", "best"))
@@ -101,9 +99,7 @@ def parser() -> argparse.ArgumentParser:
                     "polytask profile recipes/pascal/mtlora_r64.yaml --json")  # fmt: skip
     _recipe_options(profile)
     profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
-    compare = _verb(
-        verbs, "compare", _compare, "table and page about several runs", "polytask compare runs/*"
-    )
+    compare = _verb(verbs, "compare", _compare, "table and page about runs", "polytask compare runs/*")
     compare.add_argument("runs", type=Path, nargs="+")
     compare.add_argument("--report", type=Path, help="also write a self-contained HTML page here")
     listing = _verb(verbs, "list", _list, "what there is", "polytask list tasks")
