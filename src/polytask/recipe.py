@@ -223,7 +223,7 @@ def _collect(check: Any, problems: list[str]) -> Any:
     return None
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, inherit, override, decode and check a recipe.
 
     Args:
@@ -233,7 +233,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigErrors: all problems at once, each with its path.
     """
-    data = override(load_yaml(find_recipe(path)), overrides)
+    data = override(load_yaml(find_recipe(Path(path))), overrides)
     try:
         recipe = decode(Recipe, data)
         recipe.check()

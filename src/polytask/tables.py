@@ -61,4 +61,5 @@ def _readable(key: str, value: object) -> str:
         return f"{value:.1f}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:,}" for k, v in value.items())
-    return " x ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    joint = " x " if key == "image_size" else ", "
+    return joint.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -91,11 +91,11 @@ def note_order() -> None:
 
     original = phase.train_step
 
-    def noted(model: Any, tasks: Any, batch: Sample, *arguments: Any, **options: Any) -> Any:
+    def noted(model: Any, batch: Sample, *arguments: Any) -> Any:
         name = f"{os.environ['ORDER']}.{os.environ.get('RANK', '0')}"
         with Path(name).open("a") as file:
             file.write(" ".join(batch["id"]) + "\n")
-        return original(model, tasks, batch, *arguments, **options)
+        return original(model, batch, *arguments)
 
     phase.train_step = noted
 

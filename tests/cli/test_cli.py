@@ -320,6 +320,7 @@ def test_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, err) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 def test_reader_that_goes_away() -> None:
     command = f"{sys.executable} -m polytask show --schema | head -c 10"
     done = subprocess.run(

@@ -71,7 +71,7 @@ def assert_same(one: Path, two: Path) -> None:
         torch.testing.assert_close(mine.weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("balancer", ["fixed", "uw"])
+@pytest.mark.parametrize("balancer", ["fixed", pytest.param("uw", marks=pytest.mark.slow)])
 def test_replicated(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: str) -> None:
     one, two = train_both(forks, recipe_file(*SAME, f"balancer={balancer}"), tmp_path)
     assert_same(one, two)
@@ -90,6 +90,7 @@ def test_labels_that_only_one_process_has(forks: Forks, recipe_file: Write, tmp_
     assert len(counts) > 1  # some batches have no label for some task
 
 
+@pytest.mark.slow
 def test_sharded(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
     file = recipe_file(*SAME, "run.checkpoint_every=2", "phases.0.epochs=1", "phases.0.steps=null")
     one = tmp_path / "one"

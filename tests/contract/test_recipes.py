@@ -11,7 +11,7 @@ import torch
 
 from polytask.config import decode, encode
 from polytask.data.base import train_loader
-from polytask.engine.step import train_step
+from polytask.engine.step import StepSetup, train_step
 from polytask.files import dump_yaml, parse_yaml
 from polytask.recipe import Recipe, load_recipe, shipped_recipes
 from tests.data.pascal_mt import write_pascal_mt
@@ -77,8 +77,14 @@ def test_shrunk_recipe_takes_a_step(recipe: Recipe, rooms: Path, tmp_path: Path)
     optimizer = optim.optimizer(model, list(balancer.parameters()), 2)
     samples = small.data.open(small.run.train_split, tasks, train=True, seed=0)
     batch = next(iter(train_loader(samples, batch_size=2, epoch=0, seed=0)))
-    log = train_step(
-        model, tasks, batch, balancer, optimizer, small.phases[0].objective, clip_norm=optim.clip_norm
+    setup = StepSetup(
+        tasks=tasks,
+        balancer=balancer,
+        optimizer=optimizer,
+        objective=small.phases[0].objective,
+        partition=model.partition(),
+        clip_norm=optim.clip_norm,
     )
+    log = train_step(model, batch, setup)
     assert log.losses
     assert log.gradient_norm > 0

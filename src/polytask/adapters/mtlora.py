@@ -33,10 +33,11 @@ Scales = float | tuple[float, ...]
 
 @register("adapter")
 class MTLoRA(Adapter):
-    """Settings of MTLoRA. Per-stage values are one number or one per stage.
+    """Task-agnostic and task-specific low-rank branches on a frozen transformer (Agiza et al., CVPR 2024).
 
-    ``scale`` is a plain multiplier of the branch (no division by the rank). MTLoRA+ is
-    ``layers: [qkv, proj, fc1, fc2, reduction]``: the patch-merging map then gets a branch, and freezes.
+    Per-stage values are one number or one per stage. ``scale`` is a plain multiplier of the branch (no
+    division by the rank). MTLoRA+ is ``layers: [qkv, proj, fc1, fc2, reduction]``: the patch-merging map
+    then gets a branch, and freezes.
     """
 
     type: Literal["mtlora"] = "mtlora"
@@ -166,7 +167,7 @@ class LowRank(nn.Module):
 
 
 class TaskLinear(LinearMap, Mergeable):
-    """A frozen linear layer with one shared low-rank branch and one per task (paper, eq. 3 to 5).
+    """A frozen linear layer with one shared low-rank branch and one per task.
 
     Args:
         base: the layer to wrap; kept inside, frozen by the caller.

@@ -29,7 +29,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
     Args:
         recipe: a checked recipe.
         run: folder of the run.
-        resume: continue an interrupted run.
+        resume: continue an interrupted run; implied when torchrun or SLURM restarts the command.
 
     Raises:
         PolytaskError: of the kind that fits, see ``Trainer`` and ``train_step``.
@@ -39,6 +39,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
         keep_freed_memory()
     created = parallel.start(device)
     is_first = parallel.rank() == 0
+    resume = resume or (restarted() and (run / "recipe.yaml").exists())
     if not is_first:
         set_quiet(True)
     try:
@@ -50,6 +51,13 @@ def train(recipe: Recipe, run: Path, *, resume: bool = False) -> Scores:
     if is_first and not (run / "cost.json").exists():  # else a complete run was resumed
         write_text(run / "cost.json", to_json(_measure(trainer).as_dict()) + "\n")
     return scores
+
+
+def restarted() -> bool:
+    """Whether torchrun (elastic) or SLURM (requeue) started this same command again after a failure."""
+    return any(
+        int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
 
 
 def _measure(trainer: Trainer) -> CostReport:

@@ -14,7 +14,7 @@ from polytask.data.base import train_loader
 from polytask.engine import checkpoint
 from polytask.engine.evaluator import Scores, headlines, plain_errors
 from polytask.engine.log import RunLog
-from polytask.engine.step import StepLog, train_step
+from polytask.engine.step import StepLog, StepSetup, train_step
 from polytask.metrics.delta import delta_m
 from polytask.phases import PhaseSpec
 from polytask.progress import track
@@ -85,7 +85,15 @@ class PhaseRun:
         self.optimizer = self.optim.optimizer(
             self.model, list(self.trainer.balancer.parameters()), data.batch_size
         )
-        self.partition = self.model.partition()
+        self.setup = StepSetup(
+            tasks=self.tasks,
+            balancer=self.trainer.balancer,
+            optimizer=self.optimizer,
+            objective=self.phase.objective,
+            partition=self.model.partition(),
+            clip_norm=self.optim.clip_norm,
+            bf16=self.trainer.bf16,
+        )
         self.steps_per_epoch = len(self._loader(0, 0))
         self.steps = self.phase.steps or (self.phase.epochs or 0) * self.steps_per_epoch
         self.scheduler: Scheduler | None = self.optim.scheduler(
@@ -132,18 +140,9 @@ class PhaseRun:
         if self.scheduler is not None:
             self.scheduler.step_update(max(done - 1, 0))  # the official loops set the rate after update k
         seed_all(self.recipe.seed, place.global_step, parallel.rank())
-        result = train_step(
-            self.model,
-            self.tasks,
-            to_device(batch, self.trainer.device),
-            self.trainer.balancer,
-            self.optimizer,
-            self.phase.objective,
-            partition=self.partition,
-            clip_norm=self.optim.clip_norm,
-            bf16=self.trainer.bf16,
-            where=f"phase {self.phase.name!r}, step {place.global_step + 1}",
-        )
+        batch = to_device(batch, self.trainer.device)
+        where = f"phase {self.phase.name!r}, step {place.global_step + 1}"
+        result = train_step(self.model, batch, self.setup, where)
         place.step, place.global_step = place.step + 1, place.global_step + 1
         place.seconds += time.perf_counter() - started
         if self.log is not None:

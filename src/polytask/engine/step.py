@@ -28,59 +28,66 @@ class StepLog:
     gradient_norm: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSetup:
+    """What all steps of a phase have in common.
+
+    Attributes:
+        tasks: tasks of the phase.
+        balancer: writes ``.grad``.
+        optimizer: over the trainable parameters.
+        objective: factors of losses and penalties.
+        partition: shared, per-task and frozen parameters of the model.
+        clip_norm: largest global gradient norm, None for no limit.
+        bf16: run the forward pass under bfloat16 autocast.
+    """
+
+    tasks: TaskSet
+    balancer: Balancer
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    partition: Partition
+    clip_norm: float | None = None
+    bf16: bool = False
+
+
 def train_step(
-    model: MultiTaskModel,
-    tasks: TaskSet,
-    batch: Sample,
-    balancer: Balancer,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    *,
-    partition: Partition | None = None,
-    clip_norm: float | None = None,
-    bf16: bool = False,
-    where: str = "training step",
+    model: MultiTaskModel, batch: Sample, setup: StepSetup, where: str = "training step"
 ) -> StepLog:
     """Forward, losses, penalties, balanced backward, exchange, clip, update.
 
     Args:
         model: predicts logits; in training mode.
-        tasks: tasks of this phase.
         batch: this process's part of the global batch, on the model's device.
-        balancer: writes ``.grad``.
-        optimizer: over the trainable parameters.
-        objective: factors of losses and penalties.
-        partition: the model's partition, if it is known already.
-        clip_norm: largest global gradient norm, None for no limit.
-        bf16: run the forward pass under bfloat16 autocast.
+        setup: what the steps of the phase have in common.
         where: names the position in messages.
 
     Raises:
         NonFiniteLossError: a loss or the gradient is not finite; parameters are untouched.
     """
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=bf16):
-        output = model(batch["image"], tuple(tasks))
+    setup.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=setup.bf16):
+        output = model(batch["image"], tuple(setup.tasks))
     logits = {task: x.float() for task, x in output.logits.items()}
-    losses = tasks.losses(logits, batch, total)
+    losses = setup.tasks.losses(logits, batch, total)
     values = _global_values(losses)
     _refuse_non_finite(values, batch["id"], where)
-    losses, penalties = objective.select(losses, output.penalties)
+    losses, penalties = setup.objective.select(losses, output.penalties)
     if not losses and not penalties:  # no valid label in the global batch
         return StepLog(values, stats=_floats(output.stats))
     if penalties:
         torch.autograd.backward(
             torch.stack(list(penalties.values())).sum() / world(), retain_graph=bool(losses)
         )
-    weights = balancer.backward(losses, partition or model.partition()) if losses else {}
+    weights = setup.balancer.backward(losses, setup.partition) if losses else {}
     parameters = [p for p in model.parameters() if p.requires_grad]
     sum_gradients(parameters)
     norm = gradient_norm(parameters)
     if not torch.isfinite(norm):
         raise _non_finite_gradient(model, batch["id"], where)
-    if clip_norm is not None:
-        scale_gradients(parameters, clip_norm / (norm + 1e-6))
-    optimizer.step()
+    if setup.clip_norm is not None:
+        scale_gradients(parameters, setup.clip_norm / (norm + 1e-6))
+    setup.optimizer.step()
     return StepLog(values, weights, _floats(penalties), _floats(output.stats), float(norm))
 
 

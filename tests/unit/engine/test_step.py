@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polytask.balancers.scalar import EqualSpec, UncertaintySpec
-from polytask.engine.step import train_step
+from polytask.engine.step import StepLog, StepSetup, train_step
 from polytask.errors import ConfigError, NonFiniteLossError
 from polytask.model import MultiTaskModel
 from polytask.phases import Objective
@@ -37,13 +37,15 @@ def model() -> MultiTaskModel:
     return build(model_spec(adapter={"type": "mtlora", "rank": 2, "task_rank": 2, "dropout": 0.0})).train()
 
 
-def step(model: MultiTaskModel, data: Sample, **options: Any) -> Any:
-    balancer = options.pop("balancer", None) or EqualSpec().build(TASKS)
-    optimizer = options.pop("optimizer", None) or torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=0.01
-    )
-    objective = options.pop("objective", Objective())
-    return train_step(model, TASKS, data, balancer, optimizer, objective, **options)
+def step(model: MultiTaskModel, data: Sample, where: str = "here", **changes: Any) -> StepLog:
+    defaults: dict[str, Any] = {
+        "tasks": TASKS,
+        "balancer": EqualSpec().build(TASKS),
+        "optimizer": torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
+        "objective": Objective(),
+        "partition": model.partition(),
+    }
+    return train_step(model, data, StepSetup(**defaults | changes), where)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -142,9 +142,9 @@ def test_phases_see_other_augmentations(run: Run_, monkeypatch: pytest.MonkeyPat
     seen: list[Tensor] = []
     original = phase.train_step
 
-    def noted(model: Any, tasks: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+    def noted(model: Any, batch: Any, *arguments: Any) -> Any:
         seen.append(batch["image"].clone())
-        return original(model, tasks, batch, *arguments, **options)
+        return original(model, batch, *arguments)
 
     monkeypatch.setattr(phase, "train_step", noted)
     run("phases=[{steps: 1}, {steps: 1}]")
