@@ -6,6 +6,7 @@ generator state has to be stored.
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 
 def derive(*position: int) -> int:
     """A 63-bit seed out of non-negative integers, e.g. (seed, epoch, index)."""
-    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def seed_all(*position: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from polytask.data.maps import ClassMap, DenseMap, plain
 from polytask.data.pipelines import Pipeline
 from polytask.errors import ConfigError, DataError, PolytaskError, did_you_mean
 from polytask.progress import track
+from polytask.seeding import derive
 from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
 
@@ -179,12 +179,6 @@ class Samples(Dataset[Sample]):
         else:
             sample = spec.pipeline.evaluate(sample, spec.image_size)
         return {k: plain(v) if isinstance(v, Tensor) else v for k, v in sample.items()}
-
-
-def derive(*parts: int) -> int:
-    """A seed of 63 bits that depends on all of the numbers."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 # --- order and loaders -----------------------------------------------------------------------------
