@@ -312,7 +312,8 @@ def _data_verify(args: argparse.Namespace) -> int:
     table("labels", ["task", "values (pixels or images)"], labels)
     for problem in report.problems:
         say(f"problem: {problem}")
-    say("no problems" if not report.problems else f"{len(report.problems)} problems")
+    count = len(report.problems)
+    say("no problems" if not count else "1 problem" if count == 1 else f"{count} problems")
     if args.json:
         emit(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,6 +50,9 @@ class Recipe(Spec):
     schema_version: Literal[1] = 1
     name: str = "run"
     seed: int = Field(default=0, ge=0)
+    imports: tuple[str, ...] = Field(
+        default=(), description="Python modules to import first; they register parts of your own"
+    )
     data: Annotated[DatasetSpec, Slot("data")]
     tasks: dict[str, dict[str, Any]] = Field(
         description="names of the dataset's tasks, each with changed settings"
@@ -234,6 +238,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigErrors: all problems at once, each with its path.
     """
     data = override(load_yaml(find_recipe(Path(path))), overrides)
+    _import(data.get("imports"), str(path))
     try:
         recipe = decode(Recipe, data)
         recipe.check()
@@ -241,6 +246,17 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         more = [problem for problem in _salvage(data, error.problems) if problem not in error.problems]
         raise ConfigErrors([*error.problems, *more]).below(str(path)) from None
     return recipe
+
+
+def _import(modules: object, where: str) -> None:
+    """Import what a recipe names; what is no list of names is left to the schema's own sentence."""
+    for name in modules if isinstance(modules, (list, tuple)) else ():
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            what = f"{where}: imports: cannot import ({error})"
+            hint = "install the package, or name its folder in PYTHONPATH"
+            raise ConfigError(what, got=name, hint=hint) from None
 
 
 def _salvage(data: Mapping[str, Any], problems: Sequence[str]) -> list[str]:

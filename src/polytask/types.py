@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,11 +111,15 @@ def drain(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     stats: dict[str, Tensor] = {}
     for module in model.modules():
         if isinstance(module, Drainable):
-            for store, recorded in ((penalties, module.recorded_penalties), (stats, module.recorded_stats)):
-                for name, value in recorded.items():
-                    store[name] = store[name] + value if name in store else value
-                recorded.clear()
+            _move(module.recorded_penalties, penalties)
+            _move(module.recorded_stats, stats)
     return penalties, stats
+
+
+def _move(recorded: dict[str, Tensor], store: dict[str, Tensor]) -> None:
+    for name, value in recorded.items():
+        store[name] = store[name] + value if name in store else value
+    recorded.clear()
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,10 @@ class Partition:
 def partition(model: nn.Module, tasks: Sequence[str]) -> Partition:
     """Walk a model: whatever sits below ``PerTask[t]`` belongs to task ``t``."""
     owners: dict[int, set[str]] = {}
-    for module in model.modules():
-        if isinstance(module, PerTask):
-            for task, child in module.items():
-                for parameter in child.parameters():
-                    owners.setdefault(id(parameter), set()).add(task)
+    groups = [module for module in model.modules() if isinstance(module, PerTask)]
+    for task, child in itertools.chain.from_iterable(group.items() for group in groups):
+        for parameter in child.parameters():
+            owners.setdefault(id(parameter), set()).add(task)
     shared: dict[str, nn.Parameter] = {}
     frozen: dict[str, nn.Parameter] = {}
     per_task: dict[str, dict[str, nn.Parameter]] = {task: {} for task in tasks}

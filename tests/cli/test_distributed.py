@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from polytask.engine import checkpoint
+from polytask.engine.launch import restarted
 from polytask.engine.log import read_log
 from polytask.runs import Run
 from tests.cli.forks import Fork, Forks
@@ -181,3 +182,31 @@ def test_torchrun(forks: Forks, recipe_file: Write, tmp_path: Path, rooms: Path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(two)
     assert_same(one, two)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts(recipe_file: Write, forks: Forks, tmp_path: Path, rooms: Path) -> None:
+    """One of two processes is killed; torchrun starts both again, and they go on from the last checkpoint."""
+    file = recipe_file(*SAME, "phases.0.steps=40", "run.checkpoint_every=2")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert_done(forks.group(2, "train", file, "--output", whole))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "1", "tests/cli/doomed.py", "train", str(file), "--output", str(killed),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DOOM": "1:5"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    mine, theirs = checkpoint.read(killed), checkpoint.read(whole)
+    for name, value in theirs.weights.items():
+        torch.testing.assert_close(mine.weights[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "0")
+        assert not restarted()
+        monkeypatch.setenv(name, "2")
+        assert restarted()
+        monkeypatch.delenv(name)

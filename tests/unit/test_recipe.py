@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -231,3 +232,14 @@ def test_schema_accepts_what_decodes(name: str) -> None:
     assert [error.message for error in check.iter_errors(encode(load_recipe(Path(name))))] == []
     assert not check.is_valid({**raw, "sede": 1})
     assert not check.is_valid({**raw, "seed": "x"})
+
+
+def test_modules_to_import(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_parts.py").write_text("LOADED = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_recipe(file, ["imports=[own_parts]"]).imports == ("own_parts",)
+    assert sys.modules.pop("own_parts").LOADED
+    with pytest.raises(ConfigError, match=r"imports: cannot import \(No module named 'own_prats'\)"):
+        load_recipe(file, ["imports=[own_prats]"])
+    with pytest.raises(ConfigErrors, match="imports"):
+        load_recipe(file, ["imports=7"])

@@ -71,15 +71,14 @@ class MTLoRA(Adapter):
 
     def _check_names(self, tasks: Sequence[str]) -> None:
         for field, setting in (("task_rank", self.task_rank), ("task_scale", self.task_scale)):
-            if isinstance(setting, dict):
-                for task in tasks:
-                    if task not in setting:
-                        raise ConfigError(f"no value for task {task!r}", where=f"model.adapter.{field}")
-                for name in set(setting) - set(tasks):
-                    hint = did_you_mean(name, tasks)
-                    raise ConfigError(
-                        f"{name!r} is not a task of this run", where=f"model.adapter.{field}", hint=hint
-                    )
+            named = setting if isinstance(setting, dict) else dict.fromkeys(tasks)
+            where = f"model.adapter.{field}"
+            for task in tasks:
+                if task not in named:
+                    raise ConfigError(f"no value for task {task!r}", where=where)
+            for name in set(named) - set(tasks):
+                hint = did_you_mean(name, tasks)
+                raise ConfigError(f"{name!r} is not a task of this run", where=where, hint=hint)
 
     def trains(self, name: str) -> bool:
         """The official rule: named parts of the trunk train, everything else is frozen."""

@@ -116,8 +116,9 @@ def _refuse_non_finite(values: Mapping[str, float], ids: Sequence[str], where: s
 
 def _non_finite_gradient(model: MultiTaskModel, ids: Sequence[str], where: str) -> NonFiniteLossError:
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not finite(p.grad)]
-    names = f"{', '.join(bad[:3])}{' …' if len(bad) > 3 else ''}" or "another process's share"
-    what = f"the gradient of {names} is not finite"
+    names = f"{', '.join(bad[:3])}{' …' if len(bad) > 3 else ''}"
+    elsewhere = "another process's share" if world() > 1 else "all parameters together (its norm overflows)"
+    what = f"the gradient of {names or elsewhere} is not finite"
     return NonFiniteLossError(what, where=where, got=_ids(ids), expected="finite gradients", hint=_HINT)
 
 
