@@ -276,7 +276,7 @@ def test_problems_of_the_data_are_listed(call: Call, tmp_path: Path, monkeypatch
     assert code == 3
     assert len(json.loads(out)["problems"]) == 1
     assert "problem: " in err
-    assert "1 problems" in err
+    assert "1 problem\n" in err
 
 
 def test_checkpoint_errors(call: Call, tmp_path: Path, trained: Path, photo: Path) -> None:
