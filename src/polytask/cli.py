@@ -40,7 +40,8 @@ def _run(args: argparse.Namespace) -> int:
             say(f"error: {line}")
         return error.exit_code
     except KeyboardInterrupt:
-        say("interrupted; continue with --resume" if verb in (_train, _demo) else "interrupted")
+        hint = "; continue with --resume" if verb is _train else "; the same command continues"
+        say(f"interrupted{hint if verb in (_train, _demo) else ''}")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -176,7 +177,8 @@ def _load(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load(args)
-    run = args.output or Path("runs") / recipe.name
+    resumed = args.resume and args.recipe is not None and (args.recipe / "recipe.yaml").is_file()
+    run = args.output or (args.recipe if resumed else Path("runs") / recipe.name)
     if args.slurm is not None:
         return _submit(args, recipe, run)
     from polytask import parallel
@@ -315,14 +317,7 @@ def _data_verify(args: argparse.Namespace) -> int:
     count = len(report.problems)
     say("no problems" if not count else "1 problem" if count == 1 else f"{count} problems")
     if args.json:
-        emit(
-            {
-                "counts": report.counts,
-                "histograms": report.histograms,
-                "ranges": report.ranges,
-                "problems": report.problems,
-            }
-        )
+        emit(vars(report))
     return 3 if report.problems else 0
 
 

@@ -7,9 +7,11 @@ that holds one of several registered specs, told apart by their ``type`` key.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, get_args
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     GetCoreSchemaHandler,
@@ -21,6 +23,9 @@ from pydantic_core import ErrorDetails, core_schema
 
 from polytask.errors import ConfigError, ConfigErrors, nearest
 from polytask.files import expand_name
+
+Location = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""A path in a recipe: ``~`` is the home, and it stays the same from whatever folder the run is read again."""
 
 
 class Spec(BaseModel):

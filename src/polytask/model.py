@@ -44,9 +44,9 @@ class ModelSpec(Spec):
         head = self.heads.get(name, self.head if task.dense else self.image_head)
         if head.dense != task.dense:
             kind = "one prediction per pixel" if task.dense else "one prediction per image"
-            raise ConfigError(
-                f"head {head.type!r} does not fit task {name!r} ({kind})", where=f"model.heads.{name}"
-            )
+            default = "model.head" if task.dense else "model.image_head"
+            where = f"model.heads.{name}" if name in self.heads else default
+            raise ConfigError(f"head {head.type!r} does not fit task {name!r} ({kind})", where=where)
         return head
 
     def build(self, tasks: TaskSet, image_size: tuple[int, int]) -> MultiTaskModel:
@@ -70,6 +70,7 @@ class ModelSpec(Spec):
                     "an adapter decides itself what trains", where="model.freeze_backbone", got=True
                 )
             adapt(backbone, self.adapter, tuple(tasks))
+        backbone.check_recompute()
         if backbone.base_digest is None and any(not p.requires_grad for p in backbone.parameters()):
             warnings.warn(
                 f"model.backbone {self.backbone.name}: the frozen part has random weights; "

@@ -38,11 +38,13 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type != "cuda":
-            torch.empty(0, device=device)
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"no such device ({reason})", where="run.device", got=name) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            "this kind of device is not supported", where="run.device", got=name, expected="auto, cpu or cuda"
+        )
     if device.type == "cuda":
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -69,7 +71,7 @@ def start(device: torch.device) -> bool:
     # torchrun keeps one store over its restarts: without a name of its own, a new group would read
     # the addresses of the dead one
     attempt = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts of metrics stay on the CPU
     dist.init_process_group(backend, store=attempt, rank=index, world_size=size)
     return True
 
@@ -217,7 +219,7 @@ def shard(net: nn.Module, blocks: Iterable[str], device: torch.device) -> None:
         )  # fmt: skip
     mesh = init_device_mesh(device.type, (world(),))
     for name in names:
-        block = fully_shard(net.get_submodule(name), mesh=mesh)
+        block = fully_shard(net.get_submodule(name), mesh=mesh, reshard_after_forward=True)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Literal
 
 import safetensors.torch
@@ -14,7 +13,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from polytask.config import Slot, Spec, register
+from polytask.config import Location, Slot, Spec, register
 from polytask.errors import CheckpointError, ConfigError, did_you_mean
 from polytask.optim import OptimSpec
 from polytask.parallel import put
@@ -93,7 +92,7 @@ class Load(Action):
     """Copy the tensors of a safetensors file whose names begin with ``prefix`` into the model."""
 
     type: Literal["load"] = "load"
-    path: Path
+    path: Location
     prefix: str = ""
 
     def check(self, model: nn.Module) -> None:
@@ -127,7 +126,7 @@ class Load(Action):
 class Objective(Spec):
     """What a phase minimizes: factors of task losses and of penalties, by name; absent means not in it."""
 
-    losses: dict[str, float] | None = Field(
+    losses: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="default: every task of the phase, factor 1"
     )
     penalties: dict[str, float] = Field(default_factory=dict)
@@ -163,10 +162,11 @@ class PhaseSpec(Spec):
     tasks: tuple[str, ...] | None = Field(default=None, description="default: all tasks of the recipe")
     objective: Objective = Objective()
     actions: tuple[Annotated[Action, Slot("action")], ...] = ()
-    optim: OptimSpec | None = Field(default=None, description="default: the recipe's")
+    optim: OptimSpec | None = Field(default=None, description="what differs from the recipe's")
 
     @model_validator(mode="after")
     def _length(self) -> PhaseSpec:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"phase {self.name!r} needs either `epochs` or `steps`")
+            has = "has neither" if self.epochs is None else "has both"
+            raise ValueError(f"phase {self.name!r} needs either `epochs` or `steps`, and {has}")
         return self

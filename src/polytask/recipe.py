@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, field_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from polytask import balancers as _balancers  # noqa: F401 - registers
 from polytask import tasks as _tasks  # noqa: F401 - registers
@@ -63,12 +63,23 @@ class Recipe(Spec):
     phases: tuple[PhaseSpec, ...] = Field(min_length=1)
     run: RunSpec = RunSpec()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_optim(cls, data: Any) -> Any:
+        """What a phase says about the optimizer changes the recipe's, and does not replace it."""
+        if not isinstance(data, dict) or not isinstance(data.get("phases"), (list, tuple)):
+            return data
+        above = data.get("optim") or {}
+        above = above.model_dump() if isinstance(above, OptimSpec) else above
+        return {**data, "phases": [_with_optim(phase, above) for phase in data["phases"]]}
+
     @field_validator(
-        "tasks", mode="before", json_schema_input_type=list[str] | dict[str, dict[str, Any] | None]
+        "tasks", mode="before", json_schema_input_type=str | list[str] | dict[str, dict[str, Any] | None]
     )
     @classmethod
     def _names(cls, value: Any) -> Any:
-        """A list of names is short for a mapping without changes."""
+        """A name or a list of names is short for a mapping without changes."""
+        value = [value] if isinstance(value, str) else value
         if not isinstance(value, (list, tuple, dict)):
             return value
         wrong = [name for name in value if not isinstance(name, str)]
@@ -130,6 +141,13 @@ class Recipe(Spec):
         problems = _problems(self, frozenset(type(self).model_fields))
         if problems:
             raise ConfigErrors(problems)
+
+
+def _with_optim(phase: Any, above: Any) -> Any:
+    own = phase.get("optim") if isinstance(phase, dict) else None
+    return (
+        {**phase, "optim": {**above, **own}} if isinstance(own, dict) and isinstance(above, dict) else phase
+    )
 
 
 # --- checks across parts ---------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Run:
 
         Args:
             which: checkpoint name, ``last`` or ``best``.
-            device: where to put it; default CPU.
+            device: where to put it; default CUDA if there is one, else CPU.
 
         Raises:
             CheckpointError: missing, damaged or not fitting.
@@ -104,9 +104,13 @@ class Run:
             )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PolytaskWarning)  # random weights are about to be replaced
-            model = self.recipe.model.build(self.tasks, self.recipe.data.image_size)
+            spec = self.recipe.model
+            if not saved.manifest["left_out"]:  # the checkpoint has it all
+                bare = spec.backbone.model_copy(update={"pretrained": False, "weights": None})
+                spec = spec.model_copy(update={"backbone": bare})
+            model = spec.build(self.tasks, self.recipe.data.image_size)
         checkpoint_files.load_weights(model, saved, str(self.path))
-        return model.to(device or torch.device("cpu")).eval()
+        return model.to(device or choose_device("auto")).eval()
 
 
 def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Scores:

@@ -114,3 +114,21 @@ def stop_after_five() -> None:
         return original(*arguments, **options)
 
     phase.train_step = counted
+
+
+def resharded() -> None:
+    """After an evaluation, no block may hold whole parameters."""
+    from torch.distributed.tensor import DTensor
+
+    from polytask.engine import trainer
+
+    original = trainer.evaluate
+
+    def checked(model: Any, *arguments: Any, **options: Any) -> Any:
+        scores = original(model, *arguments, **options)
+        for name, _, _ in model.backbone.blocks():
+            block = model.backbone.net.get_submodule(name)
+            assert all(isinstance(p, DTensor) for p in block.parameters()), name
+        return scores
+
+    trainer.evaluate = checked

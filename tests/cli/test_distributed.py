@@ -98,7 +98,7 @@ def test_sharded(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
     assert_done([forks.run("train", file, "--output", one)])
     two = tmp_path / "two"
     sharded = ("--set", "run.parallel=fsdp")
-    assert_done(forks.group(2, "train", file, "--output", two, *sharded))
+    assert_done(forks.group(2, "train", file, "--output", two, *sharded, patch="resharded"))
     assert_same(one, two)
     model = Run(two).model()  # in one process, replicated
     assert not any(type(p).__name__ == "DTensor" for p in model.parameters())
@@ -112,6 +112,15 @@ def test_sharded(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
     mine, theirs = checkpoint.read(three), checkpoint.read(two)
     for name, value in theirs.weights.items():
         assert torch.equal(mine.weights[name], value), name
+
+
+def test_uneven_evaluation_when_sharded(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    changes = ("run.parallel=fsdp", "data.eval_batch_size=1", "phases.0.steps=1", "run.max_eval_batches=3")
+    assert_done(forks.group(2, "train", recipe_file(*changes), "--output", tmp_path / "three"))
+    few = recipe_file(*changes, "run.max_eval_batches=1", name="few.yaml")
+    for fork in forks.group(2, "train", few, "--output", tmp_path / "one"):
+        assert fork.wait() == 2
+        assert "run.eval_split: fewer samples to evaluate than processes" in fork.err
 
 
 def test_sharding_needs_several_processes(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:

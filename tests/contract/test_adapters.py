@@ -258,7 +258,7 @@ def test_misfits_are_one_clear_error(settings: dict[str, Any], message: str) -> 
 
 
 def test_layers_that_match_nothing() -> None:
-    with pytest.raises(ConfigError, match="adapter 'mtlora' matched no layer of the backbone"):
+    with pytest.raises(ConfigError, match="the backbone has no 'reduction'"):
         build(model_spec(VIT, adapter={"type": "mtlora", "layers": ["reduction"]}))
 
 
@@ -304,3 +304,18 @@ def test_a_second_adapter_is_refused() -> None:
     assert isinstance(spec, Adapter)
     with pytest.raises(ConfigError, match="TaskLinear"):
         adapt(model.backbone, spec, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "words"),
+    [
+        ({}, {"train": ["nrom"]}, "'nrom' is part of no parameter's name; did you mean 'n"),
+        ({"recompute": [9]}, {}, "model.backbone.recompute: nothing to recompute there"),
+        ({"recompute": [0]}, {"mode": "lora_only"}, "expected an adapter with task streams"),
+    ],
+)  # fmt: skip
+def test_names_that_match_nothing(backbone: dict[str, Any], settings: dict[str, Any], words: str) -> None:
+    spec = model_spec({**SWIN, **backbone}, adapter={"type": "mtlora", **settings})
+    with pytest.raises(ConfigError) as caught:
+        build(spec)
+    assert words in str(caught.value)

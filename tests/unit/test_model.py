@@ -62,7 +62,7 @@ def test_image_of_another_size() -> None:
             {"heads": {"scene": "hrnet"}},
             r"model\.heads\.scene: head 'hrnet' does not fit .*one prediction per image",
         ),
-        ({"head": "pooled"}, r"model\.heads\.semseg: head 'pooled' does not fit .*one prediction per pixel"),
+        ({"head": "pooled"}, r"model\.head: head 'pooled' does not fit .*one prediction per pixel"),
         ({"adapter": ADAPTER, "freeze_backbone": True}, r"model\.freeze_backbone: an adapter decides itself"),
         ({"neck": {"type": "fuse", "channels": [1, 2]}}, r"model\.neck\.channels: .*expected 4 numbers"),
     ],

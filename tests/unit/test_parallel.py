@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from polytask import parallel
 from polytask.parallel import (
     BatchNorm2d,
     gradient_norm,
@@ -79,3 +81,12 @@ def test_batch_norm_is_the_plain_layer(settings: dict[str, object]) -> None:
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in ours.state_dict().items())
     assert torch.equal(ours.eval()(x), plain.eval()(x))
     assert isinstance(ours, nn.BatchNorm2d)
+
+
+def test_group_for_cuda_also_carries_counts_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, object] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "rendezvous", lambda _: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: made.update(backend=backend))
+    assert start(torch.device("cuda", 0))
+    assert made == {"backend": "cpu:gloo,cuda:nccl"}

@@ -18,6 +18,7 @@ from polytask.errors import ConfigError, ConfigErrors
 from polytask.files import dump_yaml, override, parse_yaml
 from polytask.heads import PooledHead
 from polytask.recipe import Recipe, find_recipe, load_recipe, recipe_schema, shipped_recipes
+from polytask.tasks import TaskSet
 from tests.conftest import SMALL, Make
 
 
@@ -52,7 +53,7 @@ SENTENCES = {
     "tasks=[depth, depth]": "tasks: named twice: depth",
     "tasks=[{depth: {}}]": "tasks: a list of names is needed, or a mapping of names to",
     "tasks={no: {}}": "tasks: a list of names is needed, or a mapping of names to",
-    "tasks=depth": "tasks: input should be a mapping, got 'depth'",
+    "tasks=7": "tasks: input should be a mapping, got 7",
     "tasks.depth.wieght=2": "tasks.depth.wieght: unknown key; did you mean 'weight'?",
     "tasks.depth.type=dept": "tasks.depth.type: 'dept' is not a kind of task; did you mean 'depth'?",
     "tasks.depth.type=[depth]": "tasks.depth.type:",
@@ -69,7 +70,7 @@ SENTENCES = {
     "phases.0.objective.penalties.budget=1": "phases.0.objective.penalties.budget: no part",
     "phases.0.actions=[{type: frezee, patterns: [a]}]": "phases.0.actions.0: unknown name 'frezee'; did you",
     "phases.0.actions=[freeze]": "phases.0.actions.0.patterns: required key is missing",
-    "model.head=pooled": "model.heads.semseg: head 'pooled' does not fit task 'semseg'",
+    "model.head=pooled": "model.head: head 'pooled' does not fit task 'semseg'",
     "model.heads.scene=hrnet": "model.heads.scene: head 'hrnet' does not fit task 'scene'",
     "model.heads.secne=pooled": "model.heads.secne: 'secne' is not a task of this run; did you mean 'scene'?",
     "model.freeze_backbone=true": "model.freeze_backbone: an adapter decides itself what trains",
@@ -243,3 +244,22 @@ def test_modules_to_import(file: Path, tmp_path: Path, monkeypatch: pytest.Monke
         load_recipe(file, ["imports=[own_prats]"])
     with pytest.raises(ConfigErrors, match="imports"):
         load_recipe(file, ["imports=7"])
+
+
+def test_optimizer_of_a_phase_changes_that_of_the_recipe(file: Path) -> None:
+    recipe = load_recipe(file, ["optim={lr: 0.1, warmup_epochs: 2}", "phases.0.optim.lr=0.5"])
+    assert recipe.phases[0].optim is not None
+    assert (recipe.phases[0].optim.lr, recipe.phases[0].optim.warmup_epochs) == (0.5, 2)
+
+
+def test_home_in_paths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    recipe = load_recipe(file, ["model.backbone.weights=~/w.safetensors"])
+    assert recipe.model.backbone.weights == Path("/somewhere/w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "type", "forward", "a.b", "", "image", "id"])
+def test_names_a_task_cannot_have(name: str, small: Make) -> None:
+    task = small().task_set()["semseg"]
+    with pytest.raises(ConfigError, match="a task cannot have this name"):
+        TaskSet({name: task})

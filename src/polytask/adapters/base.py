@@ -24,6 +24,13 @@ class Adapter(Spec):
     def plan(self, tasks: Sequence[str]) -> StreamPlan:
         """Which tasks own a stream, and where streams fork."""
 
+    def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
+        """Refuse settings that name no site and no parameter (timm names) of the backbone.
+
+        Raises:
+            ConfigError: with the name that matches nothing.
+        """
+
     @abstractmethod
     def wrap(self, site: Site, layer: nn.Linear, plan: StreamPlan, backbone: Backbone) -> nn.Module | None:
         """The module to put at a site, or None to leave the layer alone.
@@ -52,8 +59,10 @@ def adapt(backbone: Backbone, adapter: Adapter, tasks: Sequence[str]) -> None:
         ConfigError: settings that do not fit the tasks or the number of stages, or no site wrapped.
     """
     plan = adapter.plan(tasks)
+    sites = list(backbone.sites())
+    adapter.check(sites, [name for name, _ in backbone.net.named_parameters()])
     wrapped: list[tuple[Site, nn.Module]] = []
-    for site in backbone.sites():
+    for site in sites:
         layer = backbone.net.get_submodule(site.name)
         if not isinstance(layer, nn.Linear):
             raise ConfigError(

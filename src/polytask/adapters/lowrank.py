@@ -149,7 +149,7 @@ def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """
     if like.is_cuda:
         return torch.rand_like(like, dtype=torch.float32) < probability, 1 / (1 - probability)
-    threshold = round(probability * 65536) - 32768
+    threshold = min(round(probability * 65536), 65535) - 32768
     words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64)
     words.random_(torch.iinfo(torch.int64).min, None)
     return words.view(torch.int16)[: like.numel()].view(like.shape) < threshold, 65536 / (32768 - threshold)

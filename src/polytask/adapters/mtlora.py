@@ -31,6 +31,11 @@ Ranks = int | tuple[int, ...]
 Scales = float | tuple[float, ...]
 
 
+def _words(names: Sequence[str]) -> list[str]:
+    """The parts between the dots of names that are no numbers."""
+    return sorted({word for name in names for word in name.split(".") if not word.isdigit()})
+
+
 @register("adapter")
 class MTLoRA(Adapter):
     """Task-agnostic and task-specific low-rank branches on a frozen transformer (Agiza et al., CVPR 2024).
@@ -79,6 +84,20 @@ class MTLoRA(Adapter):
             for name in set(named) - set(tasks):
                 hint = did_you_mean(name, tasks)
                 raise ConfigError(f"{name!r} is not a task of this run", where=where, hint=hint)
+
+    def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
+        """What a recipe names itself must be there; of the defaults, a backbone may lack some."""
+        for part in self.train if "train" in self.model_fields_set else ():
+            if not any(part in name for name in parameters):
+                what = f"{part!r} is part of no parameter's name"
+                raise ConfigError(
+                    what, where="model.adapter.train", hint=did_you_mean(part, _words(parameters))
+                )
+        roles = {site.role for site in sites}
+        for role in self.layers if "layers" in self.model_fields_set else ():
+            if role not in roles:
+                has = ", ".join(sorted(roles))
+                raise ConfigError(f"the backbone has no {role!r}", where="model.adapter.layers", expected=has)
 
     def trains(self, name: str) -> bool:
         """The official rule: named parts of the trunk train, everything else is frozen."""

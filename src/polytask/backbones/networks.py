@@ -97,8 +97,12 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise CheckpointError(f"weight file cannot be read ({error})", where=where) from None
     adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
-        state = adapt(state, net)
-    head = net.pretrained_cfg.get("classifier", "head")  # type: ignore[union-attr,operator]
+        try:
+            state = adapt(state, net)
+        except (ValueError, RuntimeError, KeyError, AssertionError) as error:
+            reason = f"timm cannot fit the weights to this network and image size ({error})"
+            raise CheckpointError(reason, where=where) from None
+    head = net.pretrained_cfg.get("classifier") or "head"  # type: ignore[union-attr,operator]
     heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
     state = {key: value for key, value in state.items() if not key.startswith(heads)}
     try:

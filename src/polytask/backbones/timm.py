@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -14,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from polytask.backbones.layouts import read_layout, to_map
 from polytask.backbones.networks import create, digest
 from polytask.backbones.streams import Fork, MergePoint, Repeat, SharedOnly, StreamPlan, Streams, select
-from polytask.config import Spec
+from polytask.config import Location, Spec
 from polytask.errors import ConfigError, UnsupportedBackboneError
 from polytask.types import Level, Pyramids, Site, materialize
 
@@ -32,7 +31,7 @@ class BackboneSpec(Spec):
 
     name: str = Field(description="timm model name, see `polytask list backbones`")
     pretrained: bool = Field(default=False, description="load timm's published weights (hub or local cache)")
-    weights: Path | None = Field(
+    weights: Location | None = Field(
         default=None, description="local weight file in any layout timm's filter reads"
     )
     options: dict[str, Any] = Field(default_factory=dict)
@@ -209,6 +208,15 @@ class Backbone(nn.Module):
             carry = self.feature_point == "after_merge" and stage != last_stage
             fork = Fork(block, self.streams, stage=stage, carry=carry, recompute=stage in self.recompute)
             self.replace(name, fork)
+
+    def check_recompute(self) -> None:
+        """Raise ConfigError where ``recompute`` names a stage without a forked block: it would do nothing."""
+        stages = range(len(self._stage_modules)) if self.plan.fork != "never" else range(0)
+        wrong = [stage for stage in self.recompute if stage not in stages]
+        if wrong:
+            expected = f"stages from 0 to {len(stages) - 1}" if stages else "an adapter with task streams"
+            where = "model.backbone.recompute"
+            raise ConfigError("nothing to recompute there", where=where, got=wrong, expected=expected)
 
     def _last_blocks(self) -> dict[int, str]:
         return {stage: name for name, stage, _ in self.blocks()}

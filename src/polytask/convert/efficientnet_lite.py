@@ -7,6 +7,7 @@ trunk is there wherever a package index is.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,3 +100,7 @@ def write_weights(target: Path, source: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({k: v.contiguous() for k, v in convert_state(state).items()}, target)
     return target
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{write_weights(Path(sys.argv[1]))}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -254,10 +255,17 @@ def train_loader(
 def eval_loader(
     samples: Samples, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
 ) -> DataLoader[Sample]:
-    """Every sample once: each process takes its contiguous share, without padding or duplicates."""
-    low, high = (len(samples) * r // world for r in (rank, rank + 1))
+    """Every sample once: each process takes its contiguous share, without padding or duplicates.
+
+    All processes get the same number of batches, as sharded models need, if there are enough samples.
+    """
+    count = len(samples)
+    low, high = (count * r // world for r in (rank, rank + 1))
     size = max(batch_size // world, 1)
-    batches = [list(range(i, min(i + size, high))) for i in range(low, high, size)]
+    most = -(-count // world)
+    steps = max(min(-(-most // size), count // world), 1)
+    edges = [low + (high - low) * i // steps for i in range(steps + 1)]
+    batches = [list(range(a, b)) for a, b in itertools.pairwise(edges) if a < b]
     return _loader(samples, batches, workers)
 
 

@@ -14,7 +14,7 @@ from PIL import Image as Picture
 from pydantic import Field
 from torch import Tensor
 
-from polytask.config import Slot, register
+from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.maps import VectorMap, plain, stretch
 from polytask.data.pipelines import Astmt, Pipeline
@@ -80,7 +80,7 @@ class PascalContext(DatasetSpec):
     """
 
     type: Literal["pascal_context"] = "pascal_context"
-    root: Path = Field(description="the folder PASCAL_MT or PASCALContext")
+    root: Location = Field(description="the folder PASCAL_MT or PASCALContext")
     image_size: ImageSize = Field(default=(448, 448), description="height and width the model sees")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Astmt()
     batch_size: int = Field(default=32, ge=1, description="training samples per step, over all processes")

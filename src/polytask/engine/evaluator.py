@@ -54,7 +54,7 @@ def evaluate(
     for name, accumulators in metrics.items():
         scores[name] = {}
         for metric in accumulators:
-            metric.reduce(total)
+            metric.reduce(lambda state: total(state.to(device)).cpu())
             scores[name] |= metric.compute()
     return scores
 

@@ -17,7 +17,7 @@ from polytask.engine.log import RunLog
 from polytask.engine.step import StepLog, StepSetup, train_step
 from polytask.metrics.delta import delta_m
 from polytask.phases import PhaseSpec
-from polytask.progress import track
+from polytask.progress import tell, track
 from polytask.seeding import derive, seed_all
 from polytask.tasks.base import TaskSet
 from polytask.types import to_device
@@ -48,6 +48,7 @@ class PhaseRun:
         self.recipe, self.model, self.position = trainer.recipe, trainer.model, trainer.position
         self.tasks: TaskSet = self.recipe.phase_tasks(phase)
         self.optim = phase.optim or self.recipe.optim
+        self.losses: dict[str, float] = {}
         seed = self.recipe.seed
         self.seed = derive(seed, index) if index else seed  # no phase repeats another's augmentations
 
@@ -127,12 +128,16 @@ class PhaseRun:
             batches = self._loader(place.epoch, place.step)
             left = min(len(batches), self.steps - done)
             title = f"{self.phase.name} epoch {place.epoch + 1}/{-(-self.steps // self.steps_per_epoch)}"
-            for number, batch in enumerate(track(plain_errors(batches), title, left)):
+            for number, batch in enumerate(track(plain_errors(batches), title, left, self._note)):
                 self._step(batch)
                 if number + 1 == left:
                     break
             place.epoch, place.step = place.epoch + 1, 0
             self._end_of_epoch(done + left >= self.steps)
+
+    def _note(self) -> str:
+        losses = self.losses.items()
+        return f"loss {sum(loss for _, loss in losses):.3g}" if losses else ""
 
     def _step(self, batch: Any) -> None:
         place, started = self.position, time.perf_counter()
@@ -143,6 +148,7 @@ class PhaseRun:
         batch = to_device(batch, self.trainer.device)
         where = f"phase {self.phase.name!r}, step {place.global_step + 1}"
         result = train_step(self.model, batch, self.setup, where)
+        self.losses = result.losses
         place.step, place.global_step = place.step + 1, place.global_step + 1
         place.seconds += time.perf_counter() - started
         if self.log is not None:
@@ -167,6 +173,11 @@ class PhaseRun:
         if last or (every and place.epoch % every == 0):
             place.scores = self.trainer.evaluate()
             better = self._is_better(place.scores)
+            shown = ", ".join(
+                f"{name} {self.trainer.tasks[name].headline} {value:.4g}"
+                for name, value in headlines(place.scores, self.trainer.tasks).items()
+            )
+            tell(f"{self.phase.name} epoch {place.epoch}, step {place.global_step}: {shown}")
             if self.log is not None:
                 flat = {f"{t}/{m}": v for t, scores in place.scores.items() for m, v in scores.items()}
                 self.log.write(

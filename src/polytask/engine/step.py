@@ -91,7 +91,10 @@ def train_step(
     return StepLog(values, weights, _floats(penalties), _floats(output.stats), float(norm))
 
 
-_HINT = "look at these samples, lower optim.lr or set optim.clip_norm; the last checkpoint is intact"
+_HINT = (
+    "look at these samples; lower optim.lr or set optim.clip_norm and train into another folder, from the "
+    "start or from this run's last checkpoint (action `load`), which is intact if one was written"
+)
 
 
 def _global_values(losses: Mapping[str, Tensor]) -> dict[str, float]:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
+import timm
 import torch
 
 import polytask
 from polytask import parallel
 from polytask.config import decode, encode
-from polytask.data.base import Samples, eval_loader
+from polytask.data.base import BatchOrder, Samples, eval_loader
 from polytask.engine import checkpoint
 from polytask.engine.evaluator import Scores, evaluate
 from polytask.engine.log import RunLog, check_trackers, make_trackers
 from polytask.engine.phase import PhaseRun, Position
-from polytask.errors import CheckpointError, ConfigError
+from polytask.errors import CheckpointError, ConfigError, PolytaskWarning
 from polytask.files import differences, dump_yaml, load_yaml, make_folder, to_json, write_text
 from polytask.model import MultiTaskModel
 from polytask.recipe import Recipe
 from polytask.seeding import seed_all
+
+_HARMLESS = frozenset(
+    {
+        "data.root", "data.cache", "data.workers", "data.eval_batch_size", "run.device", "run.trackers",
+        "run.checkpoint_every",
+    }
+)  # fmt: skip
+"""What may differ when a run is resumed, since it changes no result."""
 
 
 def check_folder(run: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -39,7 +49,7 @@ def check_folder(run: Path, recipe: Recipe, *, resume: bool) -> None:
     if not file.exists():
         raise CheckpointError("there is no run to resume", where=str(run), hint="leave out --resume")
     before = decode(Recipe, load_yaml(file), source=str(file))
-    changed = differences(encode(before), encode(recipe))
+    changed = [path for path in differences(encode(before), encode(recipe)) if path not in _HARMLESS]
     if changed:
         raise ConfigError(
             "the run was started with another recipe",
@@ -47,6 +57,20 @@ def check_folder(run: Path, recipe: Recipe, *, resume: bool) -> None:
             got=f"other values of {', '.join(changed)}",
             hint="resume with the same recipe, or use another --output",
         )
+
+
+def _warn_of_normalization(recipe: Recipe) -> None:
+    """Pretrained weights expect the mean and standard deviation they were trained with."""
+    backbone, pipeline = recipe.model.backbone, recipe.data.pipeline
+    cfg = timm.get_pretrained_cfg(backbone.name) if backbone.pretrained or backbone.weights else None
+    if cfg is None or (tuple(cfg.mean), tuple(cfg.std)) == (pipeline.mean, pipeline.std):
+        return
+    warnings.warn(
+        f"the pretrained weights of {backbone.name} expect images of mean {list(cfg.mean)} and standard "
+        f"deviation {list(cfg.std)}, the pipeline makes {list(pipeline.mean)} and {list(pipeline.std)}; "
+        "set data.pipeline.mean and data.pipeline.std",
+        PolytaskWarning, stacklevel=2,
+    )  # fmt: skip
 
 
 class Trainer:
@@ -86,7 +110,19 @@ class Trainer:
         self.changed: set[str] = set()
         """Parameters that no longer have the values the backbone was built with."""
         self.position = Position()
+        _warn_of_normalization(recipe)
+        self._rehearse()
         parallel.first(self._claim_folder)
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """One forward pass and an order of samples: what they refuse is refused before writing."""
+        data, image = self.recipe.data, torch.zeros(1, 3, *self.recipe.data.image_size, device=self.device)
+        samples = len(data.records(self.recipe.run.train_split))
+        BatchOrder(length=samples, batch_size=data.batch_size, seed=0, epoch=0, world=parallel.world())
+        if parallel.world() > len(self.validation):
+            raise ConfigError("fewer samples to evaluate than processes", where="run.eval_split")
+        self.model.eval()(image)
 
     def fit(self) -> Scores:
         """Train through all phases; returns the last scores and writes ``scores.json``."""
@@ -113,8 +149,9 @@ class Trainer:
 
     def _claim_folder(self) -> None:
         make_folder(self.run, "--output")
-        if not self.resume:
-            write_text(self.run / "recipe.yaml", dump_yaml(encode(self.recipe)))
+        file, text = self.run / "recipe.yaml", dump_yaml(encode(self.recipe))
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
 
     def _log(self) -> RunLog:
         step = self.saved.manifest["step"] if self.saved is not None else 0

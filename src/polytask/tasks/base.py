@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from polytask.config import Spec
 from polytask.errors import ConfigError, did_you_mean
@@ -80,12 +80,20 @@ class Task(Spec):
         return ""
 
 
+_RESERVED = frozenset({"image", "id", *dir(nn.ModuleDict())})
+"""Names that entries of a sample or attributes of a module have already."""
+
+
 class TaskSet(Mapping[str, Task]):
     """The ordered tasks of one run."""
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         if not tasks:
             raise ConfigError("at least one task is needed", where="tasks", got="an empty list")
+        for name in tasks:
+            if not name.isidentifier() or name in _RESERVED:
+                expected = "a name such as 'semseg', which is no word of the library's own"
+                raise ConfigError("a task cannot have this name", where="tasks", got=name, expected=expected)
         self._tasks = dict(tasks)
 
     def __getitem__(self, name: str) -> Task:

@@ -120,7 +120,7 @@ def test_non_finite_loss_names_task_place_and_samples(model: MultiTaskModel) -> 
         "task 'depth' is inf",
         "phase 'warm up', step 7",
         "picture0, picture1",
-        "checkpoint is intact",
+        "last checkpoint (action `load`), which is intact",
     ):
         assert part in text
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
