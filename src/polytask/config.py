@@ -58,11 +58,12 @@ class Spec(BaseModel):
 
 S = TypeVar("S", bound=Spec)
 _registry: dict[str, dict[str, type[Spec]]] = {}
+_aliases: dict[str, dict[str, str]] = {}
 _stale = False
 
 
-def register(slot: str) -> Callable[[type[S]], type[S]]:
-    """Class decorator that offers a spec in a slot, under the default of its ``type`` field.
+def register(slot: str, *aliases: str) -> Callable[[type[S]], type[S]]:
+    """Class decorator that offers a spec in a slot, under the default of its ``type`` field and as ``aliases``.
 
     Raises:
         ConfigError: if the class has no ``type`` default or the name is taken by another class.
@@ -76,17 +77,23 @@ def register(slot: str) -> Callable[[type[S]], type[S]]:
                 "a registered spec needs a field `type` with its name as default", where=cls.__name__
             )
         taken = _registry.setdefault(slot, {}).get(field.default)
-        if taken is not None and _full_name(taken) != _full_name(cls):
-            raise ConfigError(f"{slot} {field.default!r} is already registered by {_full_name(taken)}")
+        if taken is not None and _qualified(taken) != _qualified(cls):
+            raise ConfigError(f"{slot} {field.default!r} is already registered by {_qualified(taken)}")
         _registry[slot][field.default] = cls
+        _aliases.setdefault(slot, {}).update(dict.fromkeys(aliases, field.default))
         _stale = True
         return cls
 
     return add
 
 
-def _full_name(cls: type) -> str:
+def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def full_name(slot: str, name: Any) -> Any:
+    """The name a spec is registered under, for one of its aliases; other values as they are."""
+    return _aliases.get(slot, {}).get(name, name) if isinstance(name, str) else name
 
 
 def registered(slot: str) -> Mapping[str, type[Spec]]:
@@ -112,8 +119,15 @@ class Slot:
         union = core_schema.tagged_union_schema(choices, discriminator="type")
         either = core_schema.union_schema([core_schema.literal_schema(list(choices)), union])
         return core_schema.no_info_before_validator_function(
-            expand_name, union, json_schema_input_schema=either
+            self._expand, union, json_schema_input_schema=either
         )
+
+    def _expand(self, value: Any) -> Any:
+        """A bare name is short for a mapping, and an alias for a name."""
+        value = expand_name(value)
+        if isinstance(value, Mapping) and "type" in value:
+            value = {**value, "type": full_name(self.name, value["type"])}
+        return value
 
 
 def decode(cls: type[S], data: object, *, source: str = "", at: str = "") -> S:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ class Weighted(Balancer):
         self,
         losses: Mapping[str, Tensor],
         partition: Partition,  # noqa: ARG002
+        frontier: Sequence[Tensor] = (),  # noqa: ARG002
     ) -> dict[str, float]:
         """One backward pass of ``sum_t w_t L_t``."""
         torch.autograd.backward(
@@ -95,6 +96,7 @@ class Uncertainty(Balancer):
         self,
         losses: Mapping[str, Tensor],
         partition: Partition,  # noqa: ARG002
+        frontier: Sequence[Tensor] = (),  # noqa: ARG002
     ) -> dict[str, float]:
         """One backward pass of the weighted sum; s of the tasks present get their gradient."""
         names = list(losses)

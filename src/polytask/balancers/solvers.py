@@ -1,0 +1,289 @@
+"""Exact solvers in as many dimensions as there are tasks, on the Gramian of the task gradients.
+
+``gram`` is ``J Jᵀ``, float64 ``[T, T]``, of rows that are finite and not zero; results are weights ``[T]`` of
+the rows, so that the direction is ``Jᵀ w``. All tolerances are relative: multiplying ``J`` by a constant
+changes nothing but what a method's own law says. NumPy only, so that any framework can use them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+TINY = 1e-12
+"""Relative size below which a number counts as zero."""
+
+
+def unit_diagonal(gram: Array) -> tuple[Array, Array]:
+    """The matrix of cosines and the inverse norms ``s``, so that ``cosines = diag(s) gram diag(s)``."""
+    s = 1 / np.sqrt(np.diag(gram))
+    return gram * np.outer(s, s), s
+
+
+def project_simplex(v: Array) -> Array:
+    """Nearest point (Euclidean) with non-negative entries that sum to 1 (Held, Wolfe, Crowder, 1974)."""
+    ordered = np.sort(v)[::-1]
+    thresholds = (np.cumsum(ordered) - 1) / np.arange(1, len(v) + 1)
+    return np.maximum(v - thresholds[ordered > thresholds][-1], 0.0)
+
+
+def min_norm(gram: Array) -> Array:
+    """Weights on the simplex with the smallest ``wᵀ G w``: MGDA, by Wolfe's finite active-set method (1976)."""
+    gram = gram / max(np.trace(gram), np.finfo(float).tiny)
+    w = np.zeros(len(gram))
+    support = [int(np.argmin(np.diag(gram)))]
+    w[support] = 1.0
+    for _ in range(20 * len(gram) + 20):
+        slope = gram @ w
+        enter = int(np.argmin(slope))
+        if enter in support or slope[enter] >= w @ slope - TINY * 1e-2:
+            break
+        support.append(enter)
+        support = _descend(gram, w, support)
+    return w / w.sum()
+
+
+def _descend(gram: Array, w: Array, support: list[int]) -> list[int]:
+    """Move ``w`` to the minimizer of its face, dropping rows at the boundary; the rows that remain."""
+    while True:
+        goal = _affine_minimizer(gram[np.ix_(support, support)])
+        if goal.min() > TINY:
+            w[:] = 0.0
+            w[support] = goal
+            return support
+        here = w[support]
+        falling = goal < here
+        step = min(1.0, float((here[falling] / (here - goal)[falling]).min(initial=1.0)))
+        here = here + step * (goal - here)
+        keep = here > TINY
+        if keep.all():  # rounding: drop the smallest
+            keep[np.argmin(here)] = False
+        w[:] = 0.0
+        support = [row for row, kept in zip(support, keep, strict=True) if kept]
+        w[support] = here[keep] / here[keep].sum()
+
+
+def _affine_minimizer(gram: Array) -> Array:
+    """Minimizer of ``vᵀ G v`` among all ``v`` that sum to 1."""
+    n = len(gram)
+    bordered = np.ones((n + 1, n + 1))
+    bordered[:n, :n], bordered[n, n] = gram / max(float(np.abs(gram).max()), np.finfo(float).tiny), 0.0
+    right = np.zeros(n + 1)
+    right[n] = 1.0
+    return np.linalg.lstsq(bordered, right, rcond=1e-14)[0][:n]
+
+
+def cagrad(gram: Array, c: float) -> Array:
+    """Weights of CAGrad's direction ``g_0 + c |g_0| g_w / |g_w|`` without rescaling, ``g_0`` the mean row.
+
+    Solves the dual ``min_w g_w·g_0 + c |g_0| |g_w|`` on the simplex (Liu et al., NeurIPS 2021). For a fixed norm
+    of ``g_w`` this is a min-norm problem; on the face that it finds, the solution has a closed form.
+    """
+    n = len(gram)
+    b, length = gram.mean(1), np.sqrt(max(float(gram.mean()), 0.0))
+    scale = np.sqrt(np.trace(gram))
+    mean = np.full(n, 1 / n)
+    if c == 0 or length <= 1e-9 * scale:
+        return mean * (length > 1e-9 * scale)
+    w, tau = mean, length
+    for _ in range(100):
+        curved = c * length * gram / (2 * tau) + (b[:, None] + b) / 2 + tau * length / (2 * c)
+        w = min_norm(curved)
+        exact = _on_face(gram, b, c * length, w > TINY)
+        if exact is not None:
+            w = exact
+            break
+        new = np.sqrt(max(float(w @ gram @ w), 0.0))
+        if abs(new - tau) <= 1e-13 * scale:
+            break
+        tau = max(new, 1e-12 * scale)
+    norm = np.sqrt(max(float(w @ gram @ w), 0.0))
+    return mean if norm <= 1e-9 * scale else mean + c * length / norm * w
+
+
+def _on_face(gram: Array, b: Array, radius: float, face: Any) -> Array | None:
+    """The dual's minimizer on a face if it is the minimizer on the simplex (checked), else None."""
+    rows = np.flatnonzero(face)
+    inner = gram[np.ix_(rows, rows)]
+    if np.linalg.cond(inner) > 1e12:
+        return None
+    ones = np.linalg.solve(inner, np.ones(len(rows)))
+    slopes = np.linalg.solve(inner, b[rows])
+    a, h, k = ones.sum(), slopes.sum(), float(b[rows] @ slopes) - radius**2
+    if h * h < a * k:
+        return None
+    multiplier = (h + np.sqrt(h * h - a * k)) / a
+    direction = multiplier * ones - slopes
+    if direction.min() < 0 or direction.sum() <= 0:
+        return None
+    w = np.zeros(len(gram))
+    w[rows] = direction / direction.sum()
+    gradient = b + radius * (gram @ w) / np.sqrt(w @ gram @ w)
+    slack = gradient.min() - multiplier
+    return w if slack >= -1e-10 * np.abs(gradient).max() else None
+
+
+def alpha_fair(gram: Array, alpha: float, priority: Array | None = None) -> Array:
+    """The positive solution of ``G x = (q / x)^(1 / alpha)``: FairGrad, Nash-MTL at ``alpha = 1``, PIVRG with q.
+
+    Damped Newton on a strictly convex function after scaling to unit diagonal (Navon et al., ICML 2022; Ban and Ji,
+    ICML 2024). Where no solution exists, because some mix of the rows is zero, x is a capped one along the way to
+    infinity and the direction is nearly zero.
+    """
+    cosines, s = unit_diagonal(gram)
+    power = 1 / alpha
+    q = np.ones(len(gram)) if priority is None else priority
+    kappa = q**power * s ** (1 - power)
+    unit = np.exp(np.log(kappa).mean())  # a common factor of z, restored at the end
+    kappa = kappa / unit
+    z = kappa ** (1 / (1 + power))
+    for _ in range(100):
+        h = kappa * z**-power
+        residual = h - cosines @ z
+        if np.abs(z * residual).max() < 1e-14 * (z * h).max() or z.max() > 1e6 * kappa.max():
+            break
+        step = np.linalg.solve(cosines + np.diag(power * h / z), residual)
+        decrement = np.sqrt(max(float(step @ residual), 0.0))
+        length = 1.0 if decrement**2 < 1 / 16 else 1 / (1 + decrement)
+        shrink = -step / z
+        if shrink.max() > 0:
+            length = min(length, 0.99 / float(shrink.max()))
+        z = z + length * step
+    return s * z * unit ** (1 / (1 + power))
+
+
+def dual_cone(gram: Array, rows: Array) -> Array:
+    """Weights of the projections of ``Jᵀ u`` onto the cone of directions that no task opposes, for each row u.
+
+    Solves ``min vᵀ G v, v >= u`` (Quinton and Rey, Jacobian descent, 2024) in units where all gradients have
+    length 1, without regularization.
+
+    Args:
+        gram: ``[T, T]``.
+        rows: ``[K, T]``.
+
+    Returns:
+        v, ``[K, T]``.
+    """
+    cosines, s = unit_diagonal(gram)
+    starts = rows / s
+    return np.stack([(u + _nonnegative(cosines, cosines @ u)) * s for u in starts])
+
+
+def _nonnegative(matrix: Array, linear: Array) -> Array:
+    """``argmin_x xᵀ A x / 2 + bᵀ x`` over ``x >= 0`` for a positive semi-definite matrix (Lawson, Hanson, 1974)."""
+    x, free = np.zeros(len(linear)), np.zeros(len(linear), bool)
+    tolerance = TINY * max(float(np.abs(linear).max()), np.finfo(float).tiny)
+    for _ in range(10 * len(linear) + 10):
+        slope = matrix @ x + linear
+        waiting = np.where(free, np.inf, slope)
+        if waiting.min() >= -tolerance:
+            break
+        free[np.argmin(waiting)] = True
+        while free.any():
+            goal = np.zeros(len(linear))
+            goal[free] = np.linalg.lstsq(matrix[np.ix_(free, free)], -linear[free], rcond=1e-13)[0]
+            if goal[free].min() > 0:
+                x = goal
+                break
+            falling = free & (goal <= 0)
+            step = float((x[falling] / (x - goal)[falling].clip(np.finfo(float).tiny)).min())
+            x = np.where(free, x + min(step, 1.0) * (goal - x), 0.0)
+            free &= x > TINY * max(1.0, float(x.max()))
+    return x
+
+
+def equal_projection(gram: Array) -> Array:
+    """IMTL-G: weights that sum to 1 and give equal projections onto all unit gradients (Liu et al., ICLR 2021)."""
+    cosines, s = unit_diagonal(gram)
+    values, vectors = np.linalg.eigh(cosines)
+    inverse = np.where(values > 1e-10 * values[-1], 1 / np.where(values > 0, values, 1.0), 0.0)
+    alpha = s * (vectors @ (inverse * (vectors.T @ np.ones(len(gram)))))
+    total = alpha.sum()
+    if abs(total) <= 1e-8 * max(
+        np.abs(alpha).sum(), s.sum()
+    ):  # nearly opposite gradients: the mean of the unit gradients
+        alpha, total = s, s.sum()
+    return np.asarray(alpha / total)
+
+
+def aligned(gram: Array, preference: Array, scale: str = "min", tolerance: float | None = None) -> Array:
+    """Aligned-MTL: weights as if all singular values of ``J`` were one (Senushkin et al., CVPR 2023).
+
+    Args:
+        gram: ``[T, T]``.
+        preference: weights of the tasks after alignment.
+        scale: that one value: ``min``, ``median`` or ``rmse`` of those kept.
+        tolerance: eigenvalues below this part of the largest are dropped; float32 rounding if None.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    rtol = len(gram) * np.finfo(np.float32).eps if tolerance is None else tolerance
+    keep = values > values[-1] * rtol
+    values, vectors = values[keep], vectors[:, keep]
+    level = {"min": values[0], "median": _lower_median(values), "rmse": values.mean()}[scale]
+    return np.asarray(np.sqrt(level) * (vectors / np.sqrt(values)) @ (vectors.T @ preference))
+
+
+def _lower_median(values: Array) -> float:
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def pcgrad(gram: Array, orders: Any) -> Array:
+    """PCGrad on coefficients: each row loses its projection onto rows it conflicts with (Yu et al., NeurIPS 2020).
+
+    Args:
+        gram: ``[T, T]``.
+        orders: for each row the order in which the others are looked at, ``[T, T - 1]`` indices.
+    """
+    n, every = len(gram), np.arange(len(gram))
+    mix = np.eye(n)
+    for others in orders.T:
+        dots = (mix * gram[others]).sum(1)
+        mix[every, others] -= np.minimum(dots, 0.0) / gram[others, others]
+    return np.asarray(mix.sum(0))
+
+
+def pcgrad_expected(gram: Array) -> Array:
+    """The mean of ``pcgrad`` over all orders, for at most five tasks."""
+    n = len(gram)
+    choices = [list(itertools.permutations([j for j in range(n) if j != i])) for i in range(n)]
+    count = len(choices[0])
+    runs = [pcgrad(gram, np.array([choices[i][k] for i in range(n)])) for k in range(count)]
+    return np.asarray(np.mean(runs, axis=0))
+
+
+def gradvac(gram: Array, target: Array, beta: float, orders: Any) -> tuple[Array, Array]:
+    """Gradient Vaccine: raise each pair's cosine to its running target (Wang et al., ICLR 2021).
+
+    Args:
+        gram: ``[T, T]``.
+        target: running mean of the cosines, ``[T, T]``.
+        beta: rate of that mean.
+        orders: as for ``pcgrad``.
+
+    Returns:
+        weights ``[T]`` and the new target.
+    """
+    n, every = len(gram), np.arange(len(gram))
+    norms, mix, target = np.sqrt(np.diag(gram)), np.eye(n), target.copy()
+    for others in orders.T:
+        lengths = np.sqrt(np.maximum(((mix @ gram) * mix).sum(1), np.finfo(float).tiny))
+        cosine = np.clip((mix * gram[others]).sum(1) / (lengths * norms[others]), -1, 1)
+        aim = target[every, others]
+        across = np.sqrt(np.maximum(1 - aim**2, 1e-8))
+        gain = lengths * (aim * np.sqrt(1 - cosine**2) - cosine * across) / (norms[others] * across)
+        mix[every, others] += np.where(cosine < aim, gain, 0.0)
+        target[every, others] = (1 - beta) * aim + beta * cosine
+    return np.asarray(mix.sum(0)), target
+
+
+def config(gram: Array) -> Array:
+    """ConFIG: equal cosines with all rows, length the sum of the projections (Liu et al., 2024)."""
+    cosines, s = unit_diagonal(gram)
+    w = s * (np.linalg.pinv(cosines, rcond=1e-10, hermitian=True) @ np.ones(len(gram)))
+    length = np.sqrt(max(float(w @ gram @ w), np.finfo(float).tiny))
+    return np.asarray(w / length * float((gram @ w).sum()) / length)
