@@ -63,7 +63,7 @@ _stale = False
 
 
 def register(slot: str, *aliases: str) -> Callable[[type[S]], type[S]]:
-    """Class decorator that offers a spec in a slot, under the default of its ``type`` field and as ``aliases``.
+    """Class decorator that offers a spec in a slot, under the default of its ``type`` and as ``aliases``.
 
     Raises:
         ConfigError: if the class has no ``type`` default or the name is taken by another class.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,7 +80,7 @@ class ModelSpec(Spec):
             )  # fmt: skip
         neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks))
         built = PerTask(
-            {name: head.build(neck.channels, tasks[name].channels) for name, head in heads.items()}
+            {name: head.build(neck.channels_of(name), tasks[name].channels) for name, head in heads.items()}
         )
         return MultiTaskModel(backbone, neck, built)
 
@@ -114,11 +115,17 @@ class MultiTaskModel(nn.Module):
         for task in asked:
             if task not in self.heads:
                 raise ConfigError(f"the model has no task {task!r}", hint=did_you_mean(task, self.tasks))
-        pyramids = self.backbone(image, asked)
+        pyramids, frontier = self.backbone(image, asked), ()
+        cut = torch.is_grad_enabled() and not pyramids.per_task
+        inside = cut and bool(types.partition(self.neck, self.tasks).shared)
+        if cut and not inside:
+            pyramids, frontier = pyramids.cut()
         maps = self.neck(pyramids, asked)
+        if inside:
+            frontier = tuple({id(x): x for x in maps.values()}.values())
         logits = {task: self.heads[task](maps[task]) for task in asked}
         sized = {task: _resize(x, image.shape[-2:]) if x.ndim == 4 else x for task, x in logits.items()}
-        return Output(sized, *types.drain(self))
+        return Output(sized, *types.drain(self), frontier)
 
     def partition(self) -> Partition:
         """Trainable parameters, shared and per task, and frozen ones."""

@@ -23,7 +23,7 @@ class Site:
         name: dotted module path inside the timm net.
         stage: index of the resolution group, from 0.
         block: index of the block within its stage; -1 for the stage's downsampling layer.
-        role: one of ``qkv proj fc1 fc2 reduction``.
+        role: one of ``qkv proj fc1 fc2 reduction``, or ``layer``: any kind (stage and block do not count).
         is_stage_end: whether the block is the last of its stage.
         is_last: whether no later block of the backbone reads the shared stream.
     """
@@ -72,6 +72,17 @@ class Pyramids:
     shared: list[Level]
     per_task: dict[str, list[Level]] = field(default_factory=dict)
 
+    def cut(self) -> tuple[Pyramids, tuple[Tensor, ...]]:
+        """The same shared levels through tensors that nothing before them reads, and those tensors."""
+        levels = [
+            Factored(x.source.view_as(x.source), x.weight.view_as(x.weight))
+            if isinstance(x, Factored)
+            else x.view_as(x)
+            for x in self.shared
+        ]
+        pairs = [(x.source, x.weight) if isinstance(x, Factored) else (x,) for x in levels]
+        return Pyramids(levels), tuple(itertools.chain.from_iterable(pairs))
+
     def of(self, task: str) -> list[Level]:
         """The pyramid a task reads; tasks without a stream read the shared one."""
         return self.per_task.get(task, self.shared)
@@ -85,11 +96,14 @@ class Output:
         logits: per task ``[B, C, H, W]`` (dense) or ``[B, C]`` (image level), at image size.
         penalties: named auxiliary losses left by the techniques (scalars).
         stats: named detached figures for the log (scalars).
+        frontier: the tensors where shared computation ends; empty where tasks have streams of their own, or
+            without gradients.
     """
 
     logits: dict[str, Tensor]
     penalties: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    frontier: tuple[Tensor, ...] = ()
 
 
 class PerTask(nn.ModuleDict):

@@ -83,6 +83,52 @@ def test_replicated(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: 
     )
 
 
+@pytest.mark.parametrize(
+    "balancer",
+    [
+        "upgrad",
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in (
+                "{type: nash, mode: features}", "{type: nash, mode: 'sketch:50'}", "{type: gn}", "famo",
+                "{type: cagrad, mode: 'stale:2', scale_heads: true}", "moco", "db_mtl", "excessmtl", "gsd",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_balanced(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: str) -> None:
+    hard = ("model.adapter=null",) if "features" in balancer else ()
+    same = [change for change in SAME if not (hard and "adapter" in change)]
+    file = recipe_file(*hard, *same, f"balancer={balancer}")
+    one, two = train_both(forks, file, tmp_path)
+    assert deviation(one, two) < 1e-4
+    if balancer == "upgrad":
+        logs = [Run(run).log[4] for run in (one, two)]
+        for key in ("stat/cos/semseg~depth", "stat/norm_ratio"):
+            assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_balanced_when_sharded(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    for balancer in ("upgrad", "{type: nash, mode: features}"):
+        file = recipe_file(
+            "model.adapter=null", *(c for c in SAME if "adapter" not in c), f"balancer={balancer}"
+        )
+        one, two = tmp_path / f"one-{balancer[:5]}", tmp_path / f"two-{balancer[:5]}"
+        assert_done([forks.run("train", file, "--output", one)])
+        sharded = ("--set", "run.parallel=fsdp")
+        assert_done(forks.group(2, "train", file, "--output", two, *sharded))
+        assert deviation(one, two) < 1e-4
+    for balancer, sentence in (
+        ("moco", "looks at whole gradients, which sharded parameters do not have"),
+        ("{type: nash, mode: 'sketch:9'}", "balancer.mode: sharded parameters allow the modes exact, stale"),
+    ):
+        file = recipe_file("model.adapter=null", "run.parallel=fsdp", f"balancer={balancer}")
+        for fork in forks.group(2, "train", file, "--output", tmp_path / f"x-{balancer[:5]}"):
+            assert fork.wait() == 2
+            assert sentence in fork.err
+
+
 def test_labels_that_only_one_process_has(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
     file = recipe_file(*SAME, "data.batch_size=4", "phases.0.steps=8")
     one, two = train_both(forks, file, tmp_path, patch="sparse_labels")

@@ -25,7 +25,7 @@ Write = Callable[..., Path]
 KILLED = -9
 CHANGES = (
     "phases=[{steps: 6}, {name: second, steps: 3, actions: [{type: freeze, patterns: [neck.*]}]}]",
-    "run.checkpoint_every=1", "data.batch_size=16", "balancer=uw", "tasks=[depth, scene]",
+    "run.checkpoint_every=1", "data.batch_size=16", "balancer=moco", "tasks=[depth, scene]",
     "model.adapter.dropout=0.1",
 )  # fmt: skip
 

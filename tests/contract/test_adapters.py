@@ -44,12 +44,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "type": "mtlora", "rank": 0, "task_rank": {"semseg": 1, "normals": [2], "depth": [0, 1, 2, 3]},
         "task_scale": {"semseg": 1.0, "normals": [2.0], "depth": 0.5}, "layers": ["fc1", "fc2"],
     },
+    "recon": {"type": "recon", "layers": ["*s.2.*mlp.fc1", "*s.3.*norm2"]},
 }  # fmt: skip
 NAMES = tuple(TASKS)
 PAIRS = [
     *((variant, "swin_merged") for variant in VARIANTS),
     *(("mtlora", "swin"), ("mtlora", "vit"), ("mtlora_sum", "vit"), ("mtlora_ragged", "vit")),
+    *(("recon", "swin"), ("recon", "vit")),
 ]
+each_with_branches = pytest.mark.parametrize(
+    ("variant", "backbone"), [pair for pair in PAIRS if pair[0] != "recon"]
+)
 each = pytest.mark.parametrize(("variant", "backbone"), PAIRS)
 each_but_sum = pytest.mark.parametrize(
     ("variant", "backbone"), [pair for pair in PAIRS if pair[0] != "mtlora_sum"]
@@ -61,7 +66,8 @@ def make(variant: str, backbone: str, *, branches: float = 0.1, **changes: Any) 
     """A model whose branches hold noise of this size (0: as built)."""
     model = build(model_spec(BACKBONES[backbone], adapter={**VARIANTS[variant], **changes}))
     if branches:
-        shake(model.backbone, branches, lambda name: name.endswith(".B"))
+        shake(model.backbone, branches, lambda name: name.endswith((".B", ".weight")) and ".tasks." in name)
+        shake(model.backbone, branches, lambda name: name.endswith(".shared.B"))
     return model.eval()
 
 
@@ -144,7 +150,7 @@ def test_one_task_costs_no_more_than_all(variant: str, backbone: str) -> None:
     assert costs == sorted(costs) and costs[0] < costs[2]
 
 
-@each
+@each_with_branches
 def test_frozen_weights_stay_and_trained_ones_move(variant: str, backbone: str) -> None:
     model = make(variant, backbone, branches=0).train()
     part = model.partition()
@@ -205,7 +211,7 @@ def test_copies_are_independent(variant: str, backbone: str) -> None:
     assert gap(predict(twins[0], ("depth",)), predict(model, ("depth",))) > 1e-3
 
 
-@each
+@each_with_branches
 def test_training_and_inference_agree_without_dropout(variant: str, backbone: str) -> None:
     model = make(variant, backbone, dropout=0.0)
     quiet = predict(model)

@@ -51,6 +51,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "hrnet": {"name": "hrnet_w18_small"},
     "pvt": {"name": "pvt_v2_b0"},
     "mobilevit": {"name": "mobilevit_xxs"},
+    "unet": {"name": "unet", "options": {"width": 4}},
+    "segnet": {"name": "segnet", "options": {"width": 4}},
 }
 TASKS = ("a", "b")
 

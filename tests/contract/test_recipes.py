@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from polytask.config import decode, encode
+from polytask.config import decode, encode, registered
 from polytask.data.base import train_loader
 from polytask.engine.step import StepSetup, train_step
-from polytask.files import dump_yaml, parse_yaml
+from polytask.files import dump_yaml, load_yaml, parse_yaml
 from polytask.recipe import Recipe, load_recipe, shipped_recipes
 from tests.data.pascal_mt import write_pascal_mt
 
-RECIPES = shipped_recipes()
+RECIPES = {
+    name: path
+    for name, path in shipped_recipes().items()
+    if load_yaml(path)["data"]["type"] in registered("data")
+}
 SMALL_SWIN = {
     "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "window_size": 4,
 }  # fmt: skip
@@ -57,9 +61,13 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     backbone |= {"pretrained": False, "weights": None}
     if "swin" in backbone["name"]:
         backbone["options"] = backbone["options"] | SMALL_SWIN
+    if backbone["name"] in ("unet", "segnet"):
+        backbone["options"] = {"width": 4}
     adapter = data["model"]["adapter"]
-    if adapter is not None:
+    if adapter is not None and adapter["type"] == "mtlora":
         adapter |= {"rank": 2, "task_rank": 2}
+    elif adapter is not None:
+        adapter["layers"] = ["layers.2.*.fc2"]
     return decode(Recipe, data)
 
 

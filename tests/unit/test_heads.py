@@ -8,7 +8,7 @@ from torch import nn
 
 from polytask.config import decode, registered
 from polytask.errors import ConfigError
-from polytask.heads import HRNetHead, PooledHead
+from polytask.heads import ConvHead, HRNetHead, PooledHead
 from polytask.model import fold_batch_norms
 
 
@@ -30,6 +30,13 @@ def test_hrnet(width: int) -> None:
 def test_hrnet_size_is_that_of_the_paper() -> None:
     head = HRNetHead().build(270, 21)
     assert sum(p.numel() for p in head.parameters()) == 294_840 + 1_081 * 21
+
+
+@pytest.mark.parametrize(("width", "size"), [(7, 6 * 7 * 9 + 7 + 7 * 5 + 5), (0, 6 * 5 + 5)])
+def test_conv(width: int, size: int) -> None:
+    head = ConvHead(width=width).build(6, 5)
+    assert head(torch.randn(2, 6, 3, 4)).shape == (2, 5, 3, 4) and ConvHead.dense
+    assert sum(p.numel() for p in head.parameters()) == size
 
 
 def test_folding_the_batch_norm_changes_nothing() -> None:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polytask.balancers.base import BalancerSpec
-from polytask.balancers.scalar import Weighted
+from polytask.balancers.base import Balancer, BalancerSpec
+from polytask.balancers.scalar import FixedSpec
 from polytask.config import decode, encode, register, registered
 from polytask.errors import ConfigError, ConfigErrors
-from polytask.files import dump_yaml, override, parse_yaml
+from polytask.files import dump_yaml, load_yaml, override, parse_yaml
 from polytask.heads import PooledHead
 from polytask.recipe import Recipe, find_recipe, load_recipe, recipe_schema, shipped_recipes
 from polytask.tasks import TaskSet
@@ -153,8 +153,8 @@ def test_third_party_spec_stands_in_a_recipe(file: Path) -> None:
         type: Literal["halved"] = "halved"
         factor: float = 0.5
 
-        def build(self, tasks: Any) -> Weighted:
-            return Weighted(dict.fromkeys(tasks, self.factor))
+        def build(self, tasks: Any) -> Balancer:
+            return FixedSpec(weights=dict.fromkeys(tasks, self.factor)).build(tasks)
 
     try:
         recipe = load_recipe(file, ["balancer={type: halved, factor: 0.25}"])
@@ -225,6 +225,8 @@ def test_round_trip(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_schema_accepts_what_decodes(name: str) -> None:
     jsonschema = pytest.importorskip("jsonschema")
+    if load_yaml(shipped_recipes()[name])["data"]["type"] not in registered("data"):
+        pytest.skip("its dataset is not registered")
     schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     check = jsonschema.Draft202012Validator(schema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,10 @@ class Adapter(Spec):
     def plan(self, tasks: Sequence[str]) -> StreamPlan:
         """Which tasks own a stream, and where streams fork."""
 
+    def sites(self, backbone: Backbone) -> list[Site]:
+        """The layers that ``wrap`` is asked about."""
+        return list(backbone.sites())
+
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         """Refuse settings that name no site and no parameter (timm names) of the backbone.
 
@@ -32,7 +37,7 @@ class Adapter(Spec):
         """
 
     @abstractmethod
-    def wrap(self, site: Site, layer: nn.Linear, plan: StreamPlan, backbone: Backbone) -> nn.Module | None:
+    def wrap(self, site: Site, layer: Any, plan: StreamPlan, backbone: Backbone) -> nn.Module | None:
         """The module to put at a site, or None to leave the layer alone.
 
         Must not change ``layer`` or the backbone: all sites are checked before any is replaced.
@@ -59,12 +64,12 @@ def adapt(backbone: Backbone, adapter: Adapter, tasks: Sequence[str]) -> None:
         ConfigError: settings that do not fit the tasks or the number of stages, or no site wrapped.
     """
     plan = adapter.plan(tasks)
-    sites = list(backbone.sites())
+    sites = adapter.sites(backbone)
     adapter.check(sites, [name for name, _ in backbone.net.named_parameters()])
     wrapped: list[tuple[Site, nn.Module]] = []
     for site in sites:
         layer = backbone.net.get_submodule(site.name)
-        if not isinstance(layer, nn.Linear):
+        if site.role != "layer" and not isinstance(layer, nn.Linear):
             raise ConfigError(
                 f"site {site.name} is a {type(layer).__name__}", expected="a plain linear layer"
             )

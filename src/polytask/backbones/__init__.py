@@ -1,3 +1,4 @@
-"""What sees. Importing registers the shipped backbone with timm."""
+"""What sees. Importing registers the networks of this package with timm."""
 
+from polytask.backbones import decoders as _decoders  # noqa: F401
 from polytask.backbones import shipped as _shipped  # noqa: F401

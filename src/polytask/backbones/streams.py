@@ -3,19 +3,25 @@
 Streams are stream-major in dimension 0, ``[S * B, ...]`` with S = 1 + active tasks; stream 0 is shared.
 Norms, activations, residuals, window partitions and attention are batch-wise, so blocks carry streams
 without knowing; only wrapped layers look.
+
+Where tasks own layers anywhere, e.g. inside a residual branch, the network runs once per task instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from polytask.types import Factored, Level
+from polytask.errors import ConfigError
+from polytask.types import Factored, Level, PerTask
 
 Kept = Tensor | Factored
 
@@ -25,13 +31,14 @@ class StreamPlan:
     """Where streams begin and for whom.
 
     Attributes:
-        fork: ``never``, or ``stage_end``: in the last block of each stage, for that stage's features only.
+        fork: ``never``; ``stage_end``: in the last block of each stage, for that stage's features only; or
+            ``passes``: a pass of the network per task.
         tasks: tasks that own a stream, in order.
         all_or_none: whether the shared stream depends on every task's stream, so that a subset of the
             tasks cannot run alone.
     """
 
-    fork: Literal["never", "stage_end"] = "never"
+    fork: Literal["never", "stage_end", "passes"] = "never"
     tasks: tuple[str, ...] = ()
     all_or_none: bool = False
 
@@ -46,6 +53,8 @@ class Streams:
         origin: what the forked block that runs right now got, before it was repeated.
         kept: per stage the features that left the trunk, one per active task.
         merged: per stage the shared features after the stage's downsampling.
+        task: whose pass runs, if each task has one.
+        once: what the first pass left for the others.
     """
 
     active: tuple[str, ...] = ()
@@ -53,6 +62,8 @@ class Streams:
     origin: Tensor | None = None
     kept: dict[int, list[Kept]] = field(default_factory=dict)
     merged: dict[int, Level] = field(default_factory=dict)
+    task: str = ""
+    once: dict[Once, Any] = field(default_factory=dict)
 
     def begin(self, active: tuple[str, ...], *, skip_final_shared: bool) -> None:
         """Forget the last pass and name the streams of the next one."""
@@ -63,6 +74,47 @@ class Streams:
         """Let go of the features, so that nothing outlives the pass."""
         self.kept.clear()
         self.merged.clear()
+
+    def passes(self, call: Callable[[], list[Level]], tasks: Sequence[str]) -> dict[str, list[Level]]:
+        """What ``call`` returns in the pass of each task."""
+        results, self.once = {}, {}
+        try:
+            for self.task in tasks:
+                results[self.task] = call()
+        finally:
+            self.task, self.once = "", {}
+        return results
+
+    @torch.no_grad()
+    def share(self, net: nn.Module, trial: Callable[[], Any]) -> None:
+        """Let the largest modules that end before any private layer begins run once; a trial shows which.
+
+        Raises:
+            ConfigError: a private layer that the trial does not meet.
+        """
+        private = [module for module in net.modules() if isinstance(module, Private)]
+        calls: Counter[nn.Module] = Counter()
+        early: set[nn.Module] = set()
+
+        def note(module: nn.Module, *_: Any) -> None:
+            calls[module] += 1
+            if not any(layer.is_met for layer in private):
+                early.add(module)
+
+        hooks = [module.register_forward_hook(note) for module in net.modules()]
+        net.eval()
+        trial()
+        net.train()
+        for hook in hooks:
+            hook.remove()
+        inside: tuple[str, ...] = ()
+        for name, module in net.named_modules():
+            if isinstance(module, Private) and not module.is_met:
+                raise ConfigError(f"{name!r} takes no part in the features", where="model.adapter.layers")
+            taps = any(isinstance(part, MergePoint) for part in module.modules())
+            if module in early and calls[module] == 1 and not taps and not name.startswith(inside):
+                inside += (f"{name}.",)
+                module.forward = Once(module, self)  # keeps all names
 
     @property
     def count(self) -> int:
@@ -200,3 +252,40 @@ def select(names: Sequence[str], plan: StreamPlan) -> tuple[str, ...]:
     """The tasks whose streams must run so that ``names`` can be answered."""
     wanted = tuple(task for task in plan.tasks if task in names)
     return plan.tasks if wanted and plan.all_or_none else wanted
+
+
+class Private(nn.Module):
+    """A layer of which every task has a copy; it is that of the task whose pass runs."""
+
+    def __init__(self, layer: nn.Module, streams: Streams, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.streams, self.is_met = streams, False
+        self.tasks = PerTask({task: copy.deepcopy(layer) for task in tasks})
+
+    def __getattr__(self, name: str) -> Any:
+        """Networks that read e.g. ``.weight`` of a layer get that of the task."""
+        if name == "tasks" or name.startswith("_") or not self.streams.task:
+            return super().__getattr__(name)
+        self.is_met = True
+        return getattr(self.tasks[self.streams.task], name)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """As the task's copy."""
+        self.is_met = True
+        return self.tasks[self.streams.task](*args, **options)
+
+
+class Once:
+    """``forward`` of a module that computes in the first pass and hands out copies in the others."""
+
+    def __init__(self, module: nn.Module, streams: Streams) -> None:
+        self.module, self.streams = module, streams
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The same in all passes of one run."""
+        once = self.streams.once
+        if self in once:
+            return tree_map_only(Tensor, Tensor.clone, once[self])
+        y = type(self.module).forward(self.module, *args, **options)
+        once[self] = tree_map_only(Tensor, Tensor.clone, y)  # copies, as what follows may work in place
+        return y

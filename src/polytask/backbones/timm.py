@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -196,7 +197,10 @@ class Backbone(nn.Module):
         """
         self.check_fork(plan)
         self.plan = plan
-        if plan.fork == "never":
+        if plan.fork == "passes":
+            image = torch.zeros(1, 3, *self.image_size)
+            self.streams.share(self.net, lambda: self.forward(image, plan.tasks[:1]))
+        if plan.fork != "stage_end":
             return
         last_stage = len(self._stage_modules) - 1
         for stage, name in self._last_blocks().items():
@@ -211,7 +215,7 @@ class Backbone(nn.Module):
 
     def check_recompute(self) -> None:
         """Raise ConfigError where ``recompute`` names a stage without a forked block: it would do nothing."""
-        stages = range(len(self._stage_modules)) if self.plan.fork != "never" else range(0)
+        stages = range(len(self._stage_modules)) if self.plan.fork == "stage_end" else range(0)
         wrong = [stage for stage in self.recompute if stage not in stages]
         if wrong:
             expected = f"stages from 0 to {len(stages) - 1}" if stages else "an adapter with task streams"
@@ -227,7 +231,7 @@ class Backbone(nn.Module):
         Raises:
             UnsupportedBackboneError: a stage without a block, or a forked block that mixes the batch.
         """
-        if plan.fork == "never":
+        if plan.fork != "stage_end":
             return
         last = self._last_blocks()
         without = [module for stage, module in enumerate(self._stage_modules) if stage not in last]
@@ -250,6 +254,8 @@ class Backbone(nn.Module):
             ConfigError: if the image has a size the network cannot take.
         """
         active = select(tasks, self.plan)
+        if self.plan.fork == "passes" and not self.streams.task:
+            return Pyramids([], self.streams.passes(lambda: self.forward(image).shared, active))
         self.streams.begin(active, skip_final_shared=self.own_streams_only and set(tasks) <= set(active))
         merged = self.feature_point == "after_merge"
         indices = [self.indices[-1]] if merged else list(self.indices)

@@ -28,23 +28,24 @@ def project_simplex(v: Array) -> Array:
     """Nearest point (Euclidean) with non-negative entries that sum to 1 (Held, Wolfe, Crowder, 1974)."""
     ordered = np.sort(v)[::-1]
     thresholds = (np.cumsum(ordered) - 1) / np.arange(1, len(v) + 1)
-    return np.maximum(v - thresholds[ordered > thresholds][-1], 0.0)
+    return np.asarray(np.maximum(v - thresholds[ordered > thresholds][-1], 0.0))
 
 
 def min_norm(gram: Array) -> Array:
-    """Weights on the simplex with the smallest ``wᵀ G w``: MGDA, by Wolfe's finite active-set method (1976)."""
+    """Simplex weights with the smallest ``wᵀ G w``: MGDA, by Wolfe's finite active-set method (1976)."""
     gram = gram / max(np.trace(gram), np.finfo(float).tiny)
     w = np.zeros(len(gram))
     support = [int(np.argmin(np.diag(gram)))]
     w[support] = 1.0
     for _ in range(20 * len(gram) + 20):
         slope = gram @ w
-        enter = int(np.argmin(slope))
-        if enter in support or slope[enter] >= w @ slope - TINY * 1e-2:
+        gain = w @ slope - slope - TINY * abs(w @ slope) - 4 * np.finfo(float).eps * (np.abs(gram) @ w)
+        enter = int(np.argmax(gain))
+        if enter in support or gain[enter] <= 0:  # else: more than rounding
             break
         support.append(enter)
         support = _descend(gram, w, support)
-    return w / w.sum()
+    return np.asarray(w / w.sum())
 
 
 def _descend(gram: Array, w: Array, support: list[int]) -> list[int]:
@@ -70,25 +71,25 @@ def _descend(gram: Array, w: Array, support: list[int]) -> list[int]:
 def _affine_minimizer(gram: Array) -> Array:
     """Minimizer of ``vᵀ G v`` among all ``v`` that sum to 1."""
     n = len(gram)
-    bordered = np.ones((n + 1, n + 1))
-    bordered[:n, :n], bordered[n, n] = gram / max(float(np.abs(gram).max()), np.finfo(float).tiny), 0.0
-    right = np.zeros(n + 1)
-    right[n] = 1.0
-    return np.linalg.lstsq(bordered, right, rcond=1e-14)[0][:n]
+    cosines, s = unit_diagonal(gram)
+    s = s / s.max()
+    bordered, right = np.zeros((n + 1, n + 1)), np.zeros(n + 1)
+    bordered[:n, :n], bordered[n, :n], bordered[:n, n], right[n] = cosines, s, s, 1.0
+    return np.asarray(np.linalg.lstsq(bordered, right, rcond=1e-14)[0][:n] * s)
 
 
 def cagrad(gram: Array, c: float) -> Array:
     """Weights of CAGrad's direction ``g_0 + c |g_0| g_w / |g_w|`` without rescaling, ``g_0`` the mean row.
 
-    Solves the dual ``min_w g_w·g_0 + c |g_0| |g_w|`` on the simplex (Liu et al., NeurIPS 2021). For a fixed norm
-    of ``g_w`` this is a min-norm problem; on the face that it finds, the solution has a closed form.
+    Solves the dual ``min_w g_w·g_0 + c |g_0| |g_w|`` on the simplex (Liu et al., NeurIPS 2021). For a fixed
+    norm of ``g_w`` this is a min-norm problem; on the face that it finds, the solution has a closed form.
     """
     n = len(gram)
     b, length = gram.mean(1), np.sqrt(max(float(gram.mean()), 0.0))
     scale = np.sqrt(np.trace(gram))
     mean = np.full(n, 1 / n)
     if c == 0 or length <= 1e-9 * scale:
-        return mean * (length > 1e-9 * scale)
+        return np.asarray(mean * (length > 1e-9 * scale))
     w, tau = mean, length
     for _ in range(100):
         curved = c * length * gram / (2 * tau) + (b[:, None] + b) / 2 + tau * length / (2 * c)
@@ -128,11 +129,11 @@ def _on_face(gram: Array, b: Array, radius: float, face: Any) -> Array | None:
 
 
 def alpha_fair(gram: Array, alpha: float, priority: Array | None = None) -> Array:
-    """The positive solution of ``G x = (q / x)^(1 / alpha)``: FairGrad, Nash-MTL at ``alpha = 1``, PIVRG with q.
+    """The positive solution of ``G x = (q / x)^(1 / alpha)``: FairGrad, Nash-MTL with 1, PIVRG with q.
 
-    Damped Newton on a strictly convex function after scaling to unit diagonal (Navon et al., ICML 2022; Ban and Ji,
-    ICML 2024). Where no solution exists, because some mix of the rows is zero, x is a capped one along the way to
-    infinity and the direction is nearly zero.
+    Damped Newton on a strictly convex function after scaling to unit diagonal (Navon et al., ICML 2022; Ban
+    and Ji, ICML 2024). Where no solution exists, because some mix of the rows is zero, x is a capped one on
+    the way to infinity, and the direction is nearly zero.
     """
     cosines, s = unit_diagonal(gram)
     power = 1 / alpha
@@ -146,18 +147,18 @@ def alpha_fair(gram: Array, alpha: float, priority: Array | None = None) -> Arra
         residual = h - cosines @ z
         if np.abs(z * residual).max() < 1e-14 * (z * h).max() or z.max() > 1e6 * kappa.max():
             break
-        step = np.linalg.solve(cosines + np.diag(power * h / z), residual)
+        step = np.linalg.solve(cosines + np.diag(power * h / z + 1e-15), residual)
         decrement = np.sqrt(max(float(step @ residual), 0.0))
         length = 1.0 if decrement**2 < 1 / 16 else 1 / (1 + decrement)
         shrink = -step / z
         if shrink.max() > 0:
             length = min(length, 0.99 / float(shrink.max()))
         z = z + length * step
-    return s * z * unit ** (1 / (1 + power))
+    return np.asarray(s * z * unit ** (1 / (1 + power)))
 
 
 def dual_cone(gram: Array, rows: Array) -> Array:
-    """Weights of the projections of ``Jᵀ u`` onto the cone of directions that no task opposes, for each row u.
+    """Weights of the projections of ``Jᵀ u`` onto the cone of directions that no task opposes, per row u.
 
     Solves ``min vᵀ G v, v >= u`` (Quinton and Rey, Jacobian descent, 2024) in units where all gradients have
     length 1, without regularization.
@@ -171,34 +172,38 @@ def dual_cone(gram: Array, rows: Array) -> Array:
     """
     cosines, s = unit_diagonal(gram)
     starts = rows / s
-    return np.stack([(u + _nonnegative(cosines, cosines @ u)) * s for u in starts])
+    return np.asarray((starts + _nonnegative(cosines, starts @ cosines)) * s)
 
 
 def _nonnegative(matrix: Array, linear: Array) -> Array:
-    """``argmin_x xᵀ A x / 2 + bᵀ x`` over ``x >= 0`` for a positive semi-definite matrix (Lawson, Hanson, 1974)."""
-    x, free = np.zeros(len(linear)), np.zeros(len(linear), bool)
-    tolerance = TINY * max(float(np.abs(linear).max()), np.finfo(float).tiny)
-    for _ in range(10 * len(linear) + 10):
-        slope = matrix @ x + linear
-        waiting = np.where(free, np.inf, slope)
-        if waiting.min() >= -tolerance:
+    """``argmin_x xᵀ A x / 2 + bᵀ x`` over ``x >= 0`` for each row b ``[K, n]``, A positive semi-definite.
+
+    Principal pivoting of all that is wrong, one by one once that does not help (Kim and Park, SIAM 2011).
+    """
+    n, every = len(matrix), np.arange(len(linear))
+    matrix = matrix + 1e-14 * np.eye(n)  # dependent rows: any solution will do
+    tolerance = TINY * np.abs(linear).max(1, keepdims=True, initial=np.finfo(float).tiny)
+    free, best, patience = np.zeros(linear.shape, bool), np.full(len(linear), n + 1), np.full(len(linear), 3)
+    x = np.zeros(linear.shape)
+    for _ in range(20 * n + 20):
+        slope = x @ matrix + linear
+        wrong = np.where(free, x, slope) < -tolerance
+        count = wrong.sum(1)
+        if not count.any():
             break
-        free[np.argmin(waiting)] = True
-        while free.any():
-            goal = np.zeros(len(linear))
-            goal[free] = np.linalg.lstsq(matrix[np.ix_(free, free)], -linear[free], rcond=1e-13)[0]
-            if goal[free].min() > 0:
-                x = goal
-                break
-            falling = free & (goal <= 0)
-            step = float((x[falling] / (x - goal)[falling].clip(np.finfo(float).tiny)).min())
-            x = np.where(free, x + min(step, 1.0) * (goal - x), 0.0)
-            free &= x > TINY * max(1.0, float(x.max()))
-    return x
+        patience = np.where(count < best, 3, patience - 1)
+        best = np.minimum(best, count)
+        last = np.zeros_like(wrong)
+        last[every, n - 1 - wrong[:, ::-1].argmax(1)] = True
+        free ^= wrong & (last | (patience >= 0)[:, None])
+        both = free[:, :, None] & free[:, None, :]
+        systems, right = np.where(both, matrix, np.eye(n)), np.where(free, -linear, 0.0)
+        x = np.linalg.solve(systems, right[:, :, None])[:, :, 0]
+    return np.where(free, np.maximum(x, 0.0), 0.0)
 
 
 def equal_projection(gram: Array) -> Array:
-    """IMTL-G: weights that sum to 1 and give equal projections onto all unit gradients (Liu et al., ICLR 2021)."""
+    """IMTL-G: weights, sum 1, with equal projections onto all unit gradients (Liu et al., ICLR 2021)."""
     cosines, s = unit_diagonal(gram)
     values, vectors = np.linalg.eigh(cosines)
     inverse = np.where(values > 1e-10 * values[-1], 1 / np.where(values > 0, values, 1.0), 0.0)
@@ -233,7 +238,7 @@ def _lower_median(values: Array) -> float:
 
 
 def pcgrad(gram: Array, orders: Any) -> Array:
-    """PCGrad on coefficients: each row loses its projection onto rows it conflicts with (Yu et al., NeurIPS 2020).
+    """PCGrad on coefficients: rows lose their projection onto rows they oppose (Yu et al., NeurIPS 2020).
 
     Args:
         gram: ``[T, T]``.
@@ -279,11 +284,3 @@ def gradvac(gram: Array, target: Array, beta: float, orders: Any) -> tuple[Array
         mix[every, others] += np.where(cosine < aim, gain, 0.0)
         target[every, others] = (1 - beta) * aim + beta * cosine
     return np.asarray(mix.sum(0)), target
-
-
-def config(gram: Array) -> Array:
-    """ConFIG: equal cosines with all rows, length the sum of the projections (Liu et al., 2024)."""
-    cosines, s = unit_diagonal(gram)
-    w = s * (np.linalg.pinv(cosines, rcond=1e-10, hermitian=True) @ np.ones(len(gram)))
-    length = np.sqrt(max(float(w @ gram @ w), np.finfo(float).tiny))
-    return np.asarray(w / length * float((gram @ w).sum()) / length)

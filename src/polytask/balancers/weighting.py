@@ -1,10 +1,10 @@
-"""What all balancers share that choose one number per task: the problem they see and the way around them."""
+"""What all methods share: the problem they see, and the way around them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from polytask.balancers.base import Balancer, BalancerSpec
 from polytask.balancers.solvers import Array
-from polytask.config import decode, registered
+from polytask.config import decode, full_name, registered
 from polytask.errors import ConfigError, did_you_mean
 from polytask.tasks.base import TaskSet
 
 State = dict[str, np.ndarray[Any, Any]]
 """What a method remembers, by name; entries per task are as long as there are tasks."""
+
+MODES = r"^(exact|features|last_layer|stale:[1-9]\d*|sketch:[1-9]\d*)$"
+_NONE = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -27,45 +30,56 @@ class Problem:
 
     Attributes:
         losses: values over the global batch, float64 ``[n]``.
-        gram: ``J Jᵀ``, float64 ``[n, n]``, none of its rows zero; empty where the method needs none.
         rows: which of all tasks these are, ``[n]``.
-        total: number of all tasks.
-        seed: of this step, the same on all processes.
+        tasks: names of all tasks.
+        gram: ``J Jᵀ``, float64 ``[n, n]``, none of its rows zero; empty for methods that see losses only.
         crossed: for methods that see three batches: ``J_1 J_2ᵀ``, ``[n, n]``.
+        step: number of the step, from 1.
+        seed: of this step, the same on all processes.
     """
 
     losses: Array
-    gram: Array
     rows: np.ndarray[Any, Any]
-    total: int
+    tasks: tuple[str, ...]
+    gram: Array = field(default_factory=lambda: _NONE)
+    crossed: Array = field(default_factory=lambda: _NONE)
+    step: int = 1
     seed: int = 0
-    crossed: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def generator(self) -> np.random.Generator:
-        """Draws of this step."""
+    def only(self, keep: np.ndarray[Any, Any]) -> Problem:
+        """The same with those tasks only that ``keep`` marks, ``[n]``."""
+        if keep.all():
+            return self
+        gram, crossed = (m[np.ix_(keep, keep)] if len(m) else m for m in (self.gram, self.crossed))
+        return replace(self, losses=self.losses[keep], rows=self.rows[keep], gram=gram, crossed=crossed)
+
+    def full(self, values: Array) -> Array:
+        """Values of the present tasks among zeros, ``[T]``."""
+        result = np.zeros(len(self.tasks))
+        result[self.rows] = values
+        return result
+
+    def draw(self) -> np.random.Generator:
+        """Random numbers of this step."""
         return np.random.default_rng(self.seed)
 
     def orders(self, kind: str) -> np.ndarray[Any, Any]:
         """For each row the order in which the other rows are visited, ``[n, n - 1]``."""
-        n, draw = len(self), self.generator
-        others = [np.delete(np.arange(n), i) for i in range(n)]
+        draw, others = self.draw(), [np.delete(np.arange(len(self)), i) for i in range(len(self))]
         return np.stack([draw.permutation(o) if kind == "random" else o for o in others])
 
     def mine(self, state: State, name: str, start: float) -> Array:
         """The present tasks' part of what is remembered per task; ``start`` for all at first."""
-        if name not in state:
-            state[name] = np.full(self.total, start)
-        return np.asarray(state[name][self.rows], dtype=float)
+        kept = state.setdefault(name, np.full(len(self.tasks), start))
+        return np.asarray(kept[self.rows], dtype=float)
 
     def keep(self, state: State, name: str, values: Array) -> None:
         """Remember values of the present tasks."""
-        kept = state[name].copy()
-        kept[self.rows] = values
-        state[name] = kept
+        state[name] = state[name].copy()
+        state[name][self.rows] = values
 
     def adam(self, state: State, name: str, gradient: Array, lr: float, decay: float = 0.0) -> Array:
         """One step of Adam on what is remembered per task; the new values of the present tasks."""
@@ -74,56 +88,30 @@ class Problem:
         first = 0.9 * self.mine(state, f"{name}.first", 0.0) + 0.1 * gradient
         second = 0.999 * self.mine(state, f"{name}.second", 0.0) + 0.001 * gradient**2
         count = self.mine(state, f"{name}.count", 0.0) + 1
-        step = first / (1 - 0.9**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
-        for key, new in (("", value - lr * step), (".first", first), (".second", second), (".count", count)):
+        value = value - lr * first / (1 - 0.9**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        for key, new in (("", value), (".first", first), (".second", second), (".count", count)):
             self.keep(state, name + key, new)
-        return np.asarray(value - lr * step)
+        return value
 
 
-Needs = Literal["losses", "gram", "last_layer", "rows"]
+class Method(BalancerSpec):
+    """Base of all methods that the engine runs.
 
-
-class Weighting(BalancerSpec):
-    """Base of the methods that give each task a weight; the direction is the weighted sum of the gradients.
-
-    One convention for all: ``reduction: sum`` means that equal weighting is the plain sum of the losses, so that
-    learning rates carry over; methods published with weights that sum to 1 are multiplied by the number of
-    tasks. ``reduction: native`` leaves them as published.
+    One convention for all: ``reduction: sum`` means that equal weighting is the plain sum of the losses, so
+    that learning rates carry over; methods published with weights that sum to 1 are multiplied by the number
+    of tasks. ``reduction: native`` leaves them as published.
     """
 
-    mode: str = Field(
-        default="exact",
-        pattern=r"^(exact|features|last_layer|stale:[1-9]\d*|sketch:[1-9]\d*)$",
-        description="where gradients are compared: exact, features, last_layer, stale:K (exact every K steps, weights "
-        "kept in between) or sketch:R (exact, remembering R numbers per task)",
-    )
-    audit: int = Field(
-        default=0, ge=0, description="compare a cheap mode with exact gradients every so many steps; 0: never"
-    )
-    scale_heads: bool = Field(
-        default=False, description="multiply each head's own gradient by its task's weight too"
-    )
     reduction: Literal["sum", "native"] = "sum"
-    smoothing: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="CR-MOGM: part of the previous weights in the new ones"
-    )
 
-    NEEDS: ClassVar[Needs] = "gram"
-    """What the weights depend on, besides the losses."""
-    MEAN: ClassVar[bool] = True
-    """Whether the published weights sum to 1 where all is equal (else to the number of tasks, or to none)."""
-    ANGLES: ClassVar[bool] = True
-    """Whether the weights depend on angles between gradients, which cheap modes do not preserve."""
+    LOOKS_BACK: ClassVar[bool] = False
+    """Whether ``look_back`` wants the losses after the update."""
 
     def build(self, tasks: TaskSet) -> Balancer:
-        """Raises ConfigError where the mode does not fit the method."""
+        """The engine with this method."""
         from polytask.balancers.engine import GradientBalancer
 
         return GradientBalancer(self, tuple(tasks))
-
-    @abstractmethod
-    def solve(self, problem: Problem, state: State) -> Array:
-        """Weights ``[n]`` as published; what is to be remembered is put into ``state``."""
 
     def epoch_end(self, state: State) -> None:
         """What the method does with its memory after each epoch."""
@@ -131,19 +119,56 @@ class Weighting(BalancerSpec):
     def look_back(self, problem: Problem, state: State) -> None:
         """What the method learns from the losses after the update, if it ``LOOKS_BACK``."""
 
-    def head_factors(self, problem: Problem) -> Array:
-        """What the gradients of the heads are multiplied by besides (``scale_heads``)."""
-        return np.ones(len(problem))
-
-    def single(self, problem: Problem, state: State) -> Array:  # noqa: ARG002 - some remember losses
-        """Weights where there is one task."""
+    def head_factors(self, problem: Problem, state: Mapping[str, Any]) -> Array:  # noqa: ARG002
+        """What the heads' own gradients are multiplied by, ``[n]``."""
         return np.ones(len(problem))
 
 
-class Rowwise(Weighting):
+class Weighting(Method):
+    """Base of the methods that give each task a weight; the direction is the weighted sum of gradients."""
+
+    smoothing: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="CR-MOGM: part of the previous weights in the new ones"
+    )
+
+    MEAN: ClassVar[bool] = True
+    """Whether the published weights sum to 1 (else to the number of tasks, or to none)."""
+
+    @abstractmethod
+    def solve(self, problem: Problem, state: State) -> Array:
+        """Weights ``[n]`` as published; what is to be remembered is put into ``state``."""
+
+
+class Scalarizer(Weighting):
+    """Base of the methods that see loss values only; heads are weighted like the rest."""
+
+
+class GradientWeighting(Weighting):
+    """Base of the methods whose weights depend on the Gramian of the task gradients."""
+
+    mode: str = Field(
+        default="exact",
+        pattern=MODES,
+        description="where gradients are compared: exact, features, last_layer, stale:K (exact every K "
+        "steps, weights kept in between) or sketch:R (exact, remembering R numbers per task)",
+    )
+    audit: int = Field(
+        default=0, ge=0, description="compare a cheap mode with exact gradients every so many steps; 0: never"
+    )
+    scale_heads: bool = Field(
+        default=False, description="multiply each head's own gradient by its task's weight too"
+    )
+
+    ANGLES: ClassVar[bool] = True
+    """Whether the weights depend on angles between gradients, which cheap modes do not preserve."""
+
+
+class Rowwise(Method):
     """Base of the methods that look at single coordinates of the gradients, or remember whole gradients."""
 
-    NEEDS: ClassVar[Needs] = "rows"
+    scale_heads: bool = Field(
+        default=False, description="multiply each head's own gradient by its task's weight too"
+    )
 
     @abstractmethod
     def direct(self, matrix: Tensor, problem: Problem, memory: dict[str, Tensor], out: Tensor) -> Array:
@@ -151,62 +176,47 @@ class Rowwise(Weighting):
 
         Args:
             matrix: gradients ``[n, P]`` of the tasks present.
-            problem: with their Gramian.
+            problem: with their Gramian, of which rows may be zero here.
             memory: may be changed.
             out: ``[P]``.
         """
 
-    def solve(self, problem: Problem, state: State) -> Array:
-        """There is no answer from the Gramian alone.
 
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"balancer {self.type!r} needs the gradients themselves, not their Gramian")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Weights of all tasks, ``[T]``, zero for those that are missing; what is remembered."""
-
-    weights: Array
-    state: State
-
-
-def weigh(spec: Weighting, problem: Problem, state: Mapping[str, Any]) -> Verdict:
-    """Weights of one step, with the edge cases all methods share.
+def weigh(spec: Method, problem: Problem, state: Mapping[str, Any]) -> tuple[Array, State]:
+    """Weights ``[T]`` of one step and what is remembered, with the edge cases all methods share.
 
     Rows that are zero are left out and get weight 0; one row gets weight 1; if all are zero, all get 1.
     ``state`` is not changed.
     """
-    state = dict(state)
-    full = np.zeros(problem.total)
-    norms = np.diag(problem.gram) if len(problem.gram) else np.ones(len(problem))
-    alive = norms > 0
-    if not alive.any():
-        full[problem.rows] = 1.0
-        return Verdict(full, state)
-    if not alive.all():
-        pick = np.ix_(alive, alive)
-        crossed = problem.crossed[pick] if len(problem.crossed) else problem.crossed
-        problem = Problem(
-            problem.losses[alive],
-            problem.gram[pick],
-            problem.rows[alive],
-            problem.total,
-            problem.seed,
-            crossed,
-        )
-    single = len(problem) == 1
-    w = spec.single(problem, state) if single else spec.solve(problem, state)
-    if spec.MEAN and spec.reduction == "sum" and not single:
-        w = w * len(problem)
+    new, scalar = dict(state), isinstance(spec, Scalarizer)
+    alive = problem if scalar else problem.only(np.diag(problem.gram) > 0)
+    if not len(alive):
+        return problem.full(np.ones(len(problem))), new
+    alone = len(problem.tasks if scalar else alive.rows) == 1
+    assert isinstance(spec, Weighting)
+    w = np.ones(1) if alone and not scalar else spec.solve(alive, new)
+    if alone:
+        return alive.full(np.ones(1)), new
+    if spec.MEAN and spec.reduction == "sum":
+        w = w * len(alive)
     if spec.smoothing:
-        before = problem.mine(state, "smooth", np.nan)
+        before = alive.mine(new, "smooth", np.nan)
         w = np.where(np.isnan(before), w, spec.smoothing * before + (1 - spec.smoothing) * w)
-        problem.keep(state, "smooth", w)
-    full[problem.rows] = w
-    return Verdict(full, state)
+        alive.keep(new, "smooth", w)
+    return alive.full(w), new
+
+
+def find(name: str, kind: type[Any]) -> type[Any]:
+    """The registered method of that name or alias.
+
+    Raises:
+        ConfigError: there is none of that kind; names the nearest.
+    """
+    cls = registered("balancer").get(full_name("balancer", name))
+    if cls is None or not issubclass(cls, kind):
+        known = [n for n, c in registered("balancer").items() if issubclass(c, kind)]
+        raise ConfigError(f"no balancer {name!r} of this kind", hint=did_you_mean(name, known))
+    return cls
 
 
 def weights(
@@ -215,6 +225,7 @@ def weights(
     state: Mapping[str, Any] | None = None,
     *,
     losses: Any = None,
+    step: int = 1,
     seed: int = 0,
     **settings: Any,
 ) -> tuple[Array, State]:
@@ -222,9 +233,10 @@ def weights(
 
     Args:
         name: a registered method that weights tasks, such as ``cagrad``.
-        gramian: ``J Jᵀ``, ``[T, T]``.
+        gramian: ``J Jᵀ``, ``[T, T]``; for methods that see several batches also of ``J_1`` and ``J_2``.
         state: what the previous call returned; None at first.
         losses: values ``[T]``, for methods that look at them; ones if None.
+        step: number of the step, from 1.
         seed: of this step, for methods that draw.
         settings: of the method, such as ``c=0.4``.
 
@@ -234,16 +246,10 @@ def weights(
     Raises:
         ConfigError: an unknown method or setting, or a Gramian that is none.
     """
-    cls = registered("balancer").get(name)
-    if cls is None or not issubclass(cls, Weighting):
-        known = [n for n, c in registered("balancer").items() if issubclass(c, Weighting)]
-        raise ConfigError(f"no weighting {name!r}", hint=did_you_mean(name, known))
+    spec = decode(find(name, Weighting), settings)
     gram = np.asarray(gramian, dtype=float)
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(gram).all():
         raise ConfigError("not a Gramian", got=f"shape {gram.shape}", expected="finite numbers, [T, T]")
     values = np.ones(len(gram)) if losses is None else np.asarray(losses, dtype=float)
-    problem = Problem(values, gram, np.arange(len(gram)), len(gram), seed)
-    spec = decode(cls, settings)
-    assert isinstance(spec, Weighting)
-    verdict = weigh(spec, problem, state or {})
-    return verdict.weights, verdict.state
+    tasks = tuple(str(i) for i in range(len(gram)))
+    return weigh(spec, Problem(values, np.arange(len(gram)), tasks, gram, gram, step, seed), state or {})

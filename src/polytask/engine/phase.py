@@ -133,6 +133,7 @@ class PhaseRun:
                 if number + 1 == left:
                     break
             place.epoch, place.step = place.epoch + 1, 0
+            self.trainer.balancer.epoch_end()
             self._end_of_epoch(done + left >= self.steps)
 
     def _note(self) -> str:
@@ -149,6 +150,8 @@ class PhaseRun:
         where = f"phase {self.phase.name!r}, step {place.global_step + 1}"
         result = train_step(self.model, batch, self.setup, where)
         self.losses = result.losses
+        if place.global_step == 0 and self.trainer.balancer.gram is not None:
+            tell(f"balancer {self.trainer.balancer.cost()}")
         place.step, place.global_step = place.step + 1, place.global_step + 1
         place.seconds += time.perf_counter() - started
         if self.log is not None:

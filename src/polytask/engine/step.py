@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,12 +11,21 @@ import torch
 from torch import Tensor
 
 from polytask.balancers.base import Balancer
-from polytask.errors import NonFiniteLossError
+from polytask.errors import ConfigError, NonFiniteLossError
 from polytask.model import MultiTaskModel
-from polytask.parallel import finite, gradient_norm, scale_gradients, sum_gradients, total, world
+from polytask.parallel import (
+    finite,
+    gradient_norm,
+    scale_gradients,
+    statistics_kept,
+    sum_gradients,
+    total,
+    world,
+)
 from polytask.phases import Objective
+from polytask.seeding import generator_states, replayed
 from polytask.tasks.base import TaskSet
-from polytask.types import Partition, Sample
+from polytask.types import Output, Partition, Sample
 
 
 @dataclass(frozen=True)
@@ -63,23 +74,29 @@ def train_step(
         where: names the position in messages.
 
     Raises:
-        NonFiniteLossError: a loss or the gradient is not finite; parameters are untouched.
+        NonFiniteLossError: a loss or the gradient is not finite, and the balancer does not leave that task
+            out; parameters are untouched.
+        ConfigError: a batch too small for a balancer that needs several.
     """
     setup.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=setup.bf16):
-        output = model(batch["image"], tuple(setup.tasks))
-    logits = {task: x.float() for task, x in output.logits.items()}
-    losses = setup.tasks.losses(logits, batch, total)
-    values = _global_values(losses)
-    _refuse_non_finite(values, batch["id"], where)
-    losses, penalties = setup.objective.select(losses, output.penalties)
+    generators = generator_states()
+    passes = [_forward(model, part, setup) for part in _divide(batch, setup.balancer.batches)]
+    values = _global_values([losses for losses, _ in passes])
+    if not setup.balancer.tolerates(values):
+        raise _non_finite_loss(values, batch["id"], where)
+    chosen = [setup.objective.select(_finite(losses, values), output.penalties) for losses, output in passes]
+    losses, penalties, output = chosen[0][0], _means([p for _, p in chosen]), passes[0][1]
     if not losses and not penalties:  # no valid label in the global batch
         return StepLog(values, stats=_floats(output.stats))
     if penalties:
         torch.autograd.backward(
             torch.stack(list(penalties.values())).sum() / world(), retain_graph=bool(losses)
         )
-    weights = setup.balancer.backward(losses, setup.partition) if losses else {}
+    others = [more for more, _ in chosen[1:]]
+    try:
+        weights = setup.balancer.backward(losses, setup.partition, output.frontier, others) if losses else {}
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(error.what, where=where, got=_ids(batch["id"]), hint=_HINT) from None
     parameters = [p for p in model.parameters() if p.requires_grad]
     sum_gradients(parameters)
     norm = gradient_norm(parameters)
@@ -88,7 +105,29 @@ def train_step(
     if setup.clip_norm is not None:
         scale_gradients(parameters, setup.clip_norm / (norm + 1e-6))
     setup.optimizer.step()
-    return StepLog(values, weights, _floats(penalties), _floats(output.stats), float(norm))
+    if setup.balancer.looks_back and losses:
+        with torch.no_grad(), replayed(generators), statistics_kept(model):
+            again, after = _forward(model, batch, setup)
+        setup.balancer.after_step(setup.objective.select(_finite(again, values), after.penalties)[0])
+    stats = {**_floats(output.stats), **setup.balancer.stats}
+    return StepLog(values, weights, _floats(penalties), stats, float(norm))
+
+
+def _forward(model: MultiTaskModel, batch: Sample, setup: StepSetup) -> tuple[dict[str, Tensor], Output]:
+    with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=setup.bf16):
+        output = model(batch["image"], tuple(setup.tasks))
+    logits = {task: x.float() for task, x in output.logits.items()}
+    return setup.tasks.losses(logits, batch, total), output
+
+
+def _divide(batch: Sample, count: int) -> list[Sample]:
+    """So many independent batches."""
+    size = len(batch["id"])
+    if size < count:
+        what = f"the balancer needs {count} independent batches, which the batch is divided into"
+        raise ConfigError(what, where="data.batch_size", got=f"{size} samples in a process")
+    edges = [size * k // count for k in range(count + 1)]
+    return [{k: v[start:end] for k, v in batch.items()} for start, end in itertools.pairwise(edges)]
 
 
 _HINT = (
@@ -97,24 +136,30 @@ _HINT = (
 )
 
 
-def _global_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    if not losses:
+def _global_values(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Values over all processes, means where there are several parts."""
+    means = _means(parts)
+    if not means:
         return {}
-    summed = total(torch.stack([loss.detach() for loss in losses.values()]))
-    return dict(zip(losses, summed.tolist(), strict=True))
+    summed = total(torch.stack([loss.detach() for loss in means.values()]))
+    return dict(zip(means, summed.tolist(), strict=True))
 
 
-def _refuse_non_finite(values: Mapping[str, float], ids: Sequence[str], where: str) -> None:
-    bad = {task: value for task, value in values.items() if not abs(value) < float("inf")}
-    if bad:
-        task, value = next(iter(bad.items()))
-        raise NonFiniteLossError(
-            f"the loss of task {task!r} is {value}",
-            where=where,
-            got=_ids(ids),
-            expected="a finite loss",
-            hint=_HINT,
-        )
+def _means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = dict.fromkeys(itertools.chain.from_iterable(parts))
+    return {name: torch.stack([part[name] for part in parts if name in part]).mean() for name in names}
+
+
+def _finite(losses: Mapping[str, Tensor], values: Mapping[str, float]) -> dict[str, Tensor]:
+    return {task: loss for task, loss in losses.items() if math.isfinite(values[task])}
+
+
+def _non_finite_loss(values: Mapping[str, float], ids: Sequence[str], where: str) -> NonFiniteLossError:
+    task, value = next((task, value) for task, value in values.items() if not math.isfinite(value))
+    what = f"the loss of task {task!r} is {value}"
+    return NonFiniteLossError(what, where=where, got=_ids(ids), expected="a finite loss", hint=_HINT)
 
 
 def _non_finite_gradient(model: MultiTaskModel, ids: Sequence[str], where: str) -> NonFiniteLossError:

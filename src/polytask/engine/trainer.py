@@ -12,6 +12,8 @@ import torch
 
 import polytask
 from polytask import parallel
+from polytask.adapters.recon import REPORT
+from polytask.balancers.recon import ConflictMeter
 from polytask.config import decode, encode
 from polytask.data.base import BatchOrder, Samples, eval_loader
 from polytask.engine import checkpoint
@@ -102,6 +104,7 @@ class Trainer:
         seed_all(recipe.seed)
         self.model: MultiTaskModel = recipe.model.build(self.tasks, recipe.data.image_size).to(self.device)
         self.balancer = recipe.balancer.build(self.tasks).to(self.device)
+        self.balancer.seed = recipe.seed
         if recipe.run.parallel == "fsdp":
             blocks = [name for name, _, _ in self.model.backbone.blocks()]
             parallel.shard(self.model.backbone.net, blocks, self.device)
@@ -174,6 +177,8 @@ class Trainer:
             "polytask": polytask.__version__,
             "torch": torch.__version__,
         }
+        if isinstance(self.balancer, ConflictMeter):
+            write_text(self.run / REPORT, to_json(encode(self.balancer.conflicts())) + "\n")
         write_text(self.run / "scores.json", to_json(result) + "\n")
 
     # --- checkpoints -----------------------------------------------------------------------------

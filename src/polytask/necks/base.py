@@ -20,6 +20,10 @@ class Neck(nn.Module):
 
     channels: int
 
+    def channels_of(self, task: str) -> int:  # noqa: ARG002
+        """C of a task's map, where they differ."""
+        return self.channels
+
     def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Maps of the asked tasks."""
         raise NotImplementedError

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from polytask.balancers.base import PATIENCE, Balancer, BalancerSpec
 from polytask.balancers.scalar import EqualSpec, UncertaintySpec
+from polytask.config import decode, registered
 from polytask.engine.step import StepLog, StepSetup, train_step
 from polytask.errors import ConfigError, NonFiniteLossError
 from polytask.model import MultiTaskModel
@@ -199,3 +201,83 @@ def test_loss_falls(model: MultiTaskModel) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     logs = [step(model, batch(), optimizer=optimizer) for _ in range(20)]
     assert sum(logs[-1].losses.values()) < 0.9 * sum(logs[0].losses.values())
+
+
+def make(name: str, **settings: Any) -> Balancer:
+    spec = decode(registered("balancer")[name], settings)
+    assert isinstance(spec, BalancerSpec)
+    return spec.build(TASKS)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
+def test_task_whose_loss_is_not_finite_may_sit_out(model: MultiTaskModel) -> None:
+    good, bad = batch(), batch()
+    bad["depth"][1] = float("inf")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for name in ("equal", "cagrad", "db_mtl"):
+        options: dict[str, Any] = {"balancer": make(name, nonfinite="skip"), "optimizer": optimizer}
+        log = step(model, bad, **options)
+        assert list(log.weights) == ["semseg", "normals"]
+        assert log.losses["depth"] == float("inf")
+        assert model.heads["depth"][-1].weight.grad is None  # type: ignore[index,union-attr]
+        for _ in range(PATIENCE - 2):
+            step(model, bad, **options)
+        with pytest.raises(NonFiniteLossError, match="task 'depth' is inf"):
+            step(model, bad, **options)
+        assert list(step(model, good, **options).weights) == list(TASKS)
+        assert list(step(model, bad, **options).weights) == ["semseg", "normals"]
+
+
+def test_gradient_of_one_task_names_place_and_samples(model: MultiTaskModel) -> None:
+    forward = model.heads["depth"].forward
+
+    def broken(x: Tensor) -> Tensor:
+        y = x.clone()
+        y.register_hook(lambda g: g * float("nan"))
+        return forward(y)  # type: ignore[no-any-return]
+
+    model.heads["depth"].forward = broken  # type: ignore[method-assign,assignment]
+    with pytest.raises(NonFiniteLossError, match=r"step 9: the gradient of task 'depth'.*picture0"):
+        step(model, batch(), "step 9", balancer=make("cagrad"))
+
+
+def test_losses_after_the_update(model: MultiTaskModel) -> None:
+    """The same batch, dropout and statistics; nothing else notices."""
+    model = build(model_spec(adapter={"type": "mtlora", "rank": 2, "task_rank": 2, "dropout": 0.5})).train()
+    before, seen = buffers(model), []
+    balancer = make("famo")
+    after = balancer.after_step
+    balancer.after_step = lambda losses: (seen.append(losses), after(losses))[1]  # type: ignore[method-assign,func-returns-value]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    torch.manual_seed(3)
+    log = step(model, batch(), balancer=balancer, optimizer=optimizer)
+    drawn = torch.rand(1)
+    assert {name: float(loss) for name, loss in seen[0].items()} == pytest.approx(log.losses, rel=1e-6)
+    assert not any(loss.requires_grad for loss in seen[0].values())
+    changed = buffers(model)
+    for name, value in model.named_buffers():
+        value.copy_(before[name])
+    torch.manual_seed(3)
+    step(model, batch(), optimizer=optimizer)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(value, changed[name]) for name, value in buffers(model).items())
+
+
+def test_several_batches_in_one(model: MultiTaskModel) -> None:
+    log = step(model, batch(6), balancer=make("modo"))
+    assert list(log.weights) == list(TASKS)
+    assert "conflict" in log.stats
+    with pytest.raises(ConfigError, match=r"needs 3 independent batches.* got '2 samples"):
+        step(model, batch(2), balancer=make("modo"))
+
+
+def test_cheap_modes_in_a_model() -> None:
+    model = build(model_spec()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    exact = step(model, batch(), balancer=make("gn", mode="exact"), optimizer=optimizer)
+    cheap = step(model, batch(), balancer=make("gn", mode="features"), optimizer=optimizer)
+    assert cheap.weights == exact.weights  # of the first step
+    assert cheap.gradient_norm == pytest.approx(exact.gradient_norm, rel=1e-4)
