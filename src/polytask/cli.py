@@ -330,7 +330,7 @@ def _data_preview(args: argparse.Namespace) -> int:
     from polytask.viz import contact_sheet, save_picture
 
     spec = _dataset(args)
-    save_picture(contact_sheet(spec, args.split or spec.SPLITS[0], max(args.count, 1)), args.output)
+    save_picture(contact_sheet(spec, args.split or spec.split_names()[0], max(args.count, 1)), args.output)
     say(f"preview: {args.output}")
     if args.json:
         emit({"preview": str(args.output)})

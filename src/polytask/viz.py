@@ -179,7 +179,7 @@ def contact_sheet(spec: DatasetSpec, split: str, count: int) -> Image.Image:
         ConfigError: unknown split.
         DataError: an empty split, and what the dataset raises.
     """
-    tasks = TaskSet(spec.TASKS)
+    tasks = TaskSet(spec.labels())
     samples = spec.open(split, tasks, train=False)
     if not len(samples):
         raise DataError("the split is empty", where=f"{spec.type}, {split}")

@@ -40,7 +40,7 @@ def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def open_split(spec: DatasetSpec, split: str = "train", train: bool = True) -> Samples:
-    return spec.open(split, TaskSet(spec.TASKS), train=train, seed=3)
+    return spec.open(split, TaskSet(spec.labels()), train=train, seed=3)
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -54,7 +54,7 @@ def test_round_trip(spec: DatasetSpec) -> None:
 
 
 def test_record_ids_are_unique_and_splits_disjoint(spec: DatasetSpec) -> None:
-    ids = [record.id for split in spec.SPLITS for record in spec.records(split)]
+    ids = [record.id for split in spec.split_names() for record in spec.records(split)]
     assert ids
     assert len(ids) == len(set(ids))
     assert spec.records("train") == spec.records("train")
@@ -62,12 +62,12 @@ def test_record_ids_are_unique_and_splits_disjoint(spec: DatasetSpec) -> None:
 
 def test_samples_have_the_declared_entries(spec: DatasetSpec) -> None:
     height, width = spec.image_size
-    for split in spec.SPLITS:
+    for split in spec.split_names():
         sample = open_split(spec, split, train=split == "train")[0]
-        assert set(sample) == {"image", "id", *spec.TASKS}
+        assert set(sample) == {"image", "id", *spec.labels()}
         assert sample["image"].dtype == torch.float32
         assert sample["image"].shape == (3, height, width)
-        for name, task in spec.TASKS.items():
+        for name, task in spec.labels().items():
             check_target(sample[name], task.dense, task.channels, (height, width))
 
 
@@ -95,7 +95,7 @@ def test_raw_fields_are_as_large_as_the_image(spec: DatasetSpec) -> None:
         image = spec.read(record, "image")
         assert image.dtype == torch.uint8
         assert image.shape[0] == 3
-        for name, task in spec.TASKS.items():
+        for name, task in spec.labels().items():
             raw = spec.read(record, name)
             assert raw.shape[:2] == image.shape[1:] if task.dense else raw.ndim < 2
 
@@ -120,7 +120,9 @@ def test_loader_does_not_depend_on_workers_start_or_processes(spec: DatasetSpec)
         assert same(whole[1], load(start=1)[0])
     if size % 2 == 0:
         for one, first, second in zip(whole, load(world=2, rank=0), load(world=2, rank=1), strict=True):
-            assert all(torch.equal(one[k], torch.cat((first[k], second[k]))) for k in ("image", *spec.TASKS))
+            assert all(
+                torch.equal(one[k], torch.cat((first[k], second[k]))) for k in ("image", *spec.labels())
+            )
 
 
 def test_evaluation_covers_the_split_once(spec: DatasetSpec) -> None:
@@ -138,7 +140,7 @@ def test_verify_is_content(spec: DatasetSpec) -> None:
     report = verify(spec, ["val"])
     assert report.problems == []
     assert report.counts == {"val": len(spec.records("val"))}
-    assert {*report.histograms, *report.ranges} == set(spec.TASKS)
+    assert {*report.histograms, *report.ranges} == set(spec.labels())
 
 
 def test_unknown_split(spec: DatasetSpec) -> None:

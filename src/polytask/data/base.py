@@ -73,8 +73,17 @@ class DatasetSpec(Spec):
     TASKS: ClassVar[Mapping[str, Task]]
     """What the dataset has labels for, with its class counts and usual weights."""
     SPLITS: ClassVar[tuple[str, ...]]
+    """Names of the splits, the one to train on first."""
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset()
     """Label maps that say nothing when they hold no class but 0, and are then ignored as a whole."""
+
+    def labels(self) -> Mapping[str, Task]:
+        """What there are labels for under these settings; ``TASKS`` unless a dataset overrides it."""
+        return self.TASKS
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits under these settings; ``SPLITS`` unless a dataset overrides it."""
+        return self.SPLITS
 
     @abstractmethod
     def records(self, split: str) -> list[Record]:
@@ -109,16 +118,16 @@ class DatasetSpec(Spec):
         """
         self.check_split(split)
         for name in tasks:
-            if name not in self.TASKS:
-                hint = did_you_mean(name, self.TASKS)
+            if name not in self.labels():
+                hint = did_you_mean(name, self.labels())
                 raise ConfigError(f"{self.type} has no labels for task {name!r}", where="tasks", hint=hint)
         return Samples(self, self.records(split), tasks, train=train, seed=seed)
 
     @final
     def check_split(self, split: str) -> None:
         """Raise ConfigError if there is no such split."""
-        if split not in self.SPLITS:
-            hint = did_you_mean(split, self.SPLITS)
+        if split not in self.split_names():
+            hint = did_you_mean(split, self.split_names())
             raise ConfigError("unknown split", where=f"data.{self.type}", got=split, hint=hint)
 
     @final
@@ -308,7 +317,7 @@ class VerifyReport:
 def verify(spec: DatasetSpec, splits: Sequence[str] | None = None) -> VerifyReport:
     """Read every field of every record of some splits (by default all), collecting the problems."""
     report = VerifyReport()
-    for split in splits or spec.SPLITS:
+    for split in splits or spec.split_names():
         spec.check_split(split)
         try:
             records = spec.records(split)
@@ -330,7 +339,7 @@ def _verify_record(spec: DatasetSpec, record: Record, report: VerifyReport) -> N
     except DataError as error:
         report.problems.append(str(error))
         return
-    for name, task in spec.TASKS.items():
+    for name, task in spec.labels().items():
         try:
             value = spec.label(record, name, task, image)
         except DataError as error:

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from polytask.config import decode
-from polytask.data import pascal_context
+from polytask.data import files
 from polytask.data.base import verify
 from polytask.data.pascal_context import PART_NAMES, WITH_NORMALS, PascalContext, boundaries
 from polytask.data.thinning import thin
@@ -277,6 +277,6 @@ def test_without_scipy_it_says_what_to_install(written: Written, monkeypatch: py
             raise ModuleNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(pascal_context.importlib, "import_module", refuse)
-    with pytest.raises(MissingDependencyError, match=r"pip install polytask\[data\]"):
+    monkeypatch.setattr(files.importlib, "import_module", refuse)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'polytask\[data\]'"):
         spec.read(record_of(spec, "2008_000002"), "edge")
