@@ -21,7 +21,7 @@ from polytask.files import load_yaml, override
 from polytask.model import ModelSpec
 from polytask.optim import OptimSpec
 from polytask.phases import PhaseSpec
-from polytask.tasks.base import Task, TaskSet
+from polytask.tasks.base import Task, TaskName, TaskSet
 
 
 class RunSpec(Spec):
@@ -54,7 +54,7 @@ class Recipe(Spec):
         default=(), description="Python modules to import first; they register parts of your own"
     )
     data: Annotated[DatasetSpec, Slot("data")]
-    tasks: dict[str, dict[str, Any]] = Field(
+    tasks: dict[TaskName, dict[str, Any]] = Field(
         description="names of the dataset's tasks, each with changed settings"
     )
     model: ModelSpec

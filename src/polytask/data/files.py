@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,20 @@ def read_list(path: Path, hint: str) -> list[str]:
     return words
 
 
+def read_table(path: Path, columns: Sequence[tuple[Any, ...]], skip: int = 0) -> np.ndarray:
+    """Columns of words and numbers below ``skip`` lines, as a structured array of NumPy's ``columns``.
+
+    Raises:
+        DataError: file missing or empty, or a line that does not fit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # about an empty file
+            return np.loadtxt(path, np.dtype(list(columns)), skiprows=skip, ndmin=1, encoding="utf-8")
+    except (OSError, ValueError, UserWarning) as error:
+        raise DataError(f"list cannot be read ({error})", where=str(path), hint=_AGAIN) from None
+
+
 def read_picture(path: Path, *modes: str) -> np.ndarray:
     """Pixels as stored (a palette image yields indices), ``[H, W]`` or ``[H, W, 3]``.
 
@@ -65,6 +80,14 @@ def read_picture(path: Path, *modes: str) -> np.ndarray:
         what, expected = "image has an unexpected mode", " or ".join(modes)
         raise DataError(what, where=str(path), got=mode, expected=expected, hint=hint)
     return pixels
+
+
+def check_listed(paths: Sequence[Path], listing: Path, hint: str) -> None:
+    """Raise DatasetNotFoundError unless there is a file for every entry of the list they come from."""
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
+        what = f"{len(absent)} of {len(paths)} listed photos are not in {absent[0].parent.name}"
+        raise DatasetNotFoundError(f"{what}, first {absent[0].stem}", where=str(listing), hint=hint)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -106,6 +129,15 @@ def read_array(path: Path, axes: Sequence[int]) -> np.ndarray:
     return array
 
 
+def scipy_io(path: Path) -> Any:
+    """The module that reads and writes ``.mat`` files; raises MissingDependencyError without scipy."""
+    try:
+        return importlib.import_module("scipy.io")
+    except ModuleNotFoundError:
+        what, hint = "scipy is needed for .mat files", "pip install 'polytask[data]' (or scipy)"
+        raise MissingDependencyError(what, where=str(path), hint=hint) from None
+
+
 def read_mat(path: Path, key: str) -> Any:
     """One entry of a MATLAB file.
 
@@ -113,16 +145,11 @@ def read_mat(path: Path, key: str) -> Any:
         MissingDependencyError: scipy is not installed.
         DataError: file missing, damaged or without the entry.
     """
+    matlab = scipy_io(path).matlab
+    damage = OSError, ValueError, TypeError, EOFError, IndexError, NotImplementedError, zlib.error
     try:
-        loadmat = importlib.import_module("scipy.io").loadmat
-    except ModuleNotFoundError:
-        hint = "pip install 'polytask[data]' (or scipy)"
-        raise MissingDependencyError(
-            "scipy is needed to read .mat files", where=str(path), hint=hint
-        ) from None
-    try:
-        return loadmat(path, variable_names=[key])[key]
+        return matlab.loadmat(path, variable_names=[key])[key]
     except KeyError:
         raise DataError(f"file has no entry {key}", where=str(path), hint=_AGAIN) from None
-    except (OSError, ValueError, TypeError, EOFError, IndexError, NotImplementedError, zlib.error) as error:
+    except (matlab.MatReadError, *damage) as error:
         raise DataError(f"file cannot be read ({error})", where=str(path), hint=_AGAIN) from None

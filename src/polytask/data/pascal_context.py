@@ -13,11 +13,11 @@ from torch import Tensor
 
 from polytask.config import Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
-from polytask.data.files import check_folders, picture_size, read_list, read_mat, read_picture
+from polytask.data.files import check_folders, check_listed, picture_size, read_list, read_mat, read_picture
 from polytask.data.maps import VectorMap, plain, stretch
 from polytask.data.pipelines import Astmt, Pipeline
-from polytask.data.thinning import thin
-from polytask.errors import DataError, DatasetNotFoundError
+from polytask.data.thinning import contours, thin
+from polytask.errors import DataError
 from polytask.progress import track
 from polytask.tasks.base import Task
 from polytask.tasks.edge import Edge
@@ -86,6 +86,9 @@ class PascalContext(DatasetSpec):
         default=32, ge=1, description="evaluation samples per pass, over all processes"
     )
     require_parts: bool = Field(default=False, description="only photos of persons with annotated parts")
+    edges: Literal["laplacian", "contours"] = Field(
+        default="laplacian", description="true edges: those to train on, or those of the published odsF"
+    )
 
     SPLITS: ClassVar[tuple[str, ...]] = ("train", "val")
     TASKS: ClassVar[Mapping[str, Task]] = {
@@ -96,19 +99,14 @@ class PascalContext(DatasetSpec):
         "edge": Edge(positive_weight=0.95, weight=50.0),
     }
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset({"human_parts"})
+    SLOW: ClassVar[frozenset[str]] = frozenset(TASKS)
 
     def records(self, split: str) -> list[Record]:
         """The photos of ``ImageSets/Context/<split>.txt``, in its order."""
         self.check_split(split)
         check_folders(self.root, (*_FOLDERS, _SEMSEG), _ARCHIVE)
         found = [self._record(name) for name in read_list(self._list(split), _ARCHIVE)]
-        absent = [record.id for record in found if not record.files["image"].is_file()]
-        if absent:
-            raise DatasetNotFoundError(
-                f"{len(absent)} of {len(found)} listed photos are not in JPEGImages, first {absent[0]}",
-                where=str(self._list(split)),
-                hint=_ARCHIVE,
-            )
+        check_listed([record.files["image"] for record in found], self._list(split), _ARCHIVE)
         if not self.require_parts:
             return found
         return [
@@ -187,7 +185,9 @@ class PascalContext(DatasetSpec):
         return plain(stretch(VectorMap(normals.permute(2, 0, 1)), (height, width))).permute(1, 2, 0)
 
     def _edge(self, files: Mapping[str, Path]) -> Tensor:
-        return torch.from_numpy(boundaries(_context(files["context"])).astype(np.uint8))
+        ids = _context(files["context"])
+        lines = boundaries(ids) if self.edges == "laplacian" else thin(contours(ids))
+        return torch.from_numpy(lines.astype(np.uint8))
 
 
 def boundaries(ids: np.ndarray) -> np.ndarray:
