@@ -74,10 +74,7 @@ class Metric(ABC):
 
 
 class MeanOfBatches(Metric):
-    """Scores of each batch, averaged as if batches were equally long; depends on the batch size.
-
-    For comparison with the MTAN family of evaluators, which score so.
-    """
+    """Scores of each batch, averaged as if batches were equally long: the habit of the MTAN family."""
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric

@@ -83,7 +83,7 @@ def boundary_counts(
     """Matched, predicted and true boundary pixels of one image at each threshold, int64 ``[K, 3]``.
 
     Args:
-        strength: probability of a boundary, not thinned, float32 ``[H, W]``, at least 2 x 2.
+        strength: probability of a boundary, float32 ``[H, W]``, at least 2 x 2.
         truth: thin lines, boolean ``[H, W]``.
         max_dist: largest distance of a pair as a fraction of the image's diagonal.
         thresholds: ascending.
@@ -108,10 +108,8 @@ class BoundaryScore(Metric):
     Counts are pooled over the set: odsF is the best F over the thresholds, oisF that of each image's own best
     threshold, AP the mean precision at recalls 0, .01 … 1. Probabilities are rounded down to multiples of
     1/255, as in the files that the official evaluator reads. Each image is cropped to the rectangle of its
-    labeled pixels, so that padding changes nothing; published figures are for the size of the photo.
-
-    Args:
-        max_dist: tolerance as a fraction of the diagonal: .0075 on PASCAL, .011 on NYUD.
+    labeled pixels, so that padding changes nothing; published figures are for the size of the photo, and for
+    a ``max_dist`` of .0075 on PASCAL and .011 on NYUD.
     """
 
     def __init__(

@@ -92,11 +92,8 @@ def _greedy(graph: _Graph) -> np.ndarray:
 
 
 def _grow(graph: _Graph, partner: np.ndarray, roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint trees of alternating paths from the roots, level by level.
-
-    Returns the left node from which each right node was reached, and by left node the unmatched right node
-    that ends a path from it, or -1.
-    """
+    """Disjoint trees of alternating paths from the roots, level by level: the left node before each right
+    node, and by left node the unmatched right node at the end of a path from it; or -1."""
     parent, ends = np.full(graph.rights, -1), np.full(len(graph.first), -1)
     root = np.arange(len(ends))
     while len(roots):

@@ -17,7 +17,7 @@ from polytask.parallel import world
 
 
 class Plugin(Spec):
-    """A torchmetrics class with one number as result; gets valid labels in rows, ``[n]`` or ``[n, C]``."""
+    """A class of torchmetrics whose result is one number; it gets valid labels, ``[n]`` or ``[n, C]``."""
 
     metric: str = Field(description="import path, such as torchmetrics.classification.BinaryAUROC")
     options: dict[str, Any] = Field(default={}, description="arguments of the class")
