@@ -52,7 +52,7 @@ class _DataOnly(Spec):
     data: Annotated[DatasetSpec, Slot("data")]
 
 
-def dataset(name: str, root: Path | None, assignments: Sequence[str] = ()) -> DatasetSpec:
+def dataset(name: str, root: str | Path | None, assignments: Sequence[str] = ()) -> DatasetSpec:
     """A dataset by name and folder, with defaults for all else.
 
     Raises:

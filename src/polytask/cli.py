@@ -40,8 +40,7 @@ def _run(args: argparse.Namespace) -> int:
             say(f"error: {line}")
         return error.exit_code
     except KeyboardInterrupt:
-        hint = "; continue with --resume" if verb is _train else "; the same command continues"
-        say(f"interrupted{hint if verb in (_train, _demo) else ''}")
+        say("interrupted; continue with --resume" if verb is _train else "interrupted")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,12 +69,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    root = argparse.ArgumentParser(
-        prog="polytask",
-        description="Efficient multi-task learning in vision.",
-        epilog="exit codes: 0 done, 1 bug, 2 configuration or usage, 3 data missing or malformed, "
-        "4 checkpoint does not fit, 5 training diverged",
-    )
+    codes = "0 done, 1 bug, 2 configuration or usage, 3 data missing or malformed, 4 checkpoint does not fit"
+    root = argparse.ArgumentParser(prog="polytask", description="Efficient multi-task learning in vision.",
+                                   epilog=f"exit codes: {codes}, 5 training diverged")  # fmt: skip
     root.add_argument("--version", action="version", version=f"polytask {__version__}")
     verbs = root.add_subparsers(required=True, metavar="VERB")
     train = _verb(verbs, "train", _train, "train a recipe", "polytask train rooms/mtlora --set optim.lr=1e-3")
@@ -84,17 +80,16 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue an interrupted run")
     train.add_argument("--slurm", nargs="*", metavar="K=V", help="submit as a job, with submitit settings")
     evaluate = _verb(verbs, "eval", _eval, "score a trained run", "polytask eval runs/mtlora --split test")
-    evaluate.add_argument("run", type=Path)
-    evaluate.add_argument("--checkpoint", default="last", choices=("last", "best"))
     evaluate.add_argument("--split", help="default: the split evaluated in training")
-    predict = _verb(
-        verbs, "predict", _predict, "predict for own images", "polytask predict runs/mtlora photo.jpg"
-    )
-    predict.add_argument("run", type=Path)
+    evaluate.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="settings")
+    predict = _verb(verbs, "predict", _predict, "predict for own images",
+                    "polytask predict runs/mtlora photo.jpg")  # fmt: skip
+    for verb in (evaluate, predict):
+        verb.add_argument("run", type=Path)
+        verb.add_argument("--checkpoint", default="last", choices=("last", "best"))
     predict.add_argument("images", type=Path, nargs="+")
     predict.add_argument("--output", type=Path, help="folder for the pictures (default: RUN/predictions)")
     predict.add_argument("--tasks", help="comma-separated subset")
-    predict.add_argument("--checkpoint", default="last", choices=("last", "best"))
     predict.add_argument("--raw", action="store_true", help="also write the values as .npy")
     profile = _verb(verbs, "profile", _profile, "parameters, MACs, time and memory of a recipe or run",
                     "polytask profile recipes/pascal/mtlora_r64.yaml --json")  # fmt: skip
@@ -117,9 +112,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, run: Verb, text: str, example: str) -> argparse.ArgumentParser:
-    added: argparse.ArgumentParser = verbs.add_parser(
-        name, help=text, description=text, epilog=f"example: {example}"
-    )
+    texts = {"help": text, "description": text, "epilog": f"example: {example}"}
+    added: argparse.ArgumentParser = verbs.add_parser(name, **texts)
     added.set_defaults(verb=run)
     added.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     return added
@@ -134,9 +128,7 @@ def _count(text: str) -> int:
 def _recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", type=Path, nargs="?", help="YAML file, or name of a shipped recipe")
     verb.add_argument("--cfg", type=Path, help="same as RECIPE")
-    verb.add_argument(
-        "--set", action="append", default=[], metavar="A.B=V", dest="sets", help="change one value"
-    )
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="a change")
     verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
 
 
@@ -150,16 +142,32 @@ def _data_verbs(verbs: Any) -> None:
                  "polytask data preview rooms --output rooms.png")  # fmt: skip
     look.add_argument("--output", type=Path, default=Path("preview.png"))
     look.add_argument("--count", type=_count, default=6, help="how many samples")
-    for verb in (check, look):
+    keep = _verb(data, "prepare", _data_prepare, "decode slow labels once and keep them in the cache",
+                 "polytask data prepare pascal_context DIR")  # fmt: skip
+    keep.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes that share the work")
+    export = _verb(data, "export", _data_export, "rooms, faces or pets in the layout of a public archive",
+                   "polytask data export NYUD_MT DIR --set preset=nano")  # fmt: skip
+    export.add_argument("layout", help="such as PASCAL_MT; a wrong one lists all")
+    pack = _verb(data, "pack", _data_pack, "tar files (WebDataset) out of a dataset",
+                 "polytask data pack pascal_context DIR OUT")  # fmt: skip
+    for verb in (check, look, keep, pack):
         verb.add_argument("name", help="see `polytask list datasets`")
-        verb.add_argument("root", type=Path, nargs="?", help="folder of the dataset")
-        verb.add_argument(
-            "--set", action="append", default=[], metavar="A=V", dest="sets", help="change one setting"
-        )
-        verb.add_argument("--split", help="default: all (verify) or the first (preview)")
+        verb.add_argument("root", nargs="?", help="folder of the dataset")
+    for verb in (export, pack):
+        verb.add_argument("out", type=Path, help="folder to make")
+        verb.add_argument("--count", type=_count, help="at most so many samples per split, or per tar file")
+    for verb in (check, look, keep, export, pack):
+        verb.add_argument("--set", action="append", default=[], metavar="A=V", dest="sets", help="a setting")
+        verb.add_argument("--split", help="default: all, or the first (preview)")
 
 
 # --- verbs -----------------------------------------------------------------------------------------
+
+
+def _done(args: argparse.Namespace, result: object) -> int:
+    if args.json:
+        emit(result)
+    return 0
 
 
 def _load(args: argparse.Namespace) -> Recipe:
@@ -171,8 +179,8 @@ def _load(args: argparse.Namespace) -> Recipe:
     path = args.recipe or args.cfg
     if len(args.opts) % 2:
         raise ConfigError("--opts takes pairs of key and value", got=" ".join(args.opts))
-    pairs = [f"{key}={value}" for key, value in zip(args.opts[::2], args.opts[1::2], strict=True)]
-    return load_recipe(path, [*args.sets, *pairs])
+    pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
+    return load_recipe(path, [*args.sets, *(f"{key}={value}" for key, value in pairs)])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -186,12 +194,11 @@ def _train(args: argparse.Namespace) -> int:
     from polytask.tables import print_scores
 
     scores = train(recipe, run, resume=args.resume)
-    if parallel.is_first():
-        say(f"run: {run}")
-        print_scores(scores)
-        if args.json:
-            emit({"run": str(run), "scores": scores})
-    return 0
+    if not parallel.is_first():
+        return 0
+    say(f"run: {run}")
+    print_scores(scores)
+    return _done(args, {"run": str(run), "scores": scores})
 
 
 def _submit(args: argparse.Namespace, recipe: Recipe, run: Path) -> int:
@@ -205,42 +212,33 @@ def _submit(args: argparse.Namespace, recipe: Recipe, run: Path) -> int:
         if "=" not in text:
             raise ConfigError("settings look like KEY=VALUE", where="--slurm", got=text)
     settings = {k: parse_yaml(v, "--slurm") for k, _, v in (text.partition("=") for text in args.slurm)}
-    words = ["train", str(args.recipe or args.cfg), "--output", str(run)]
-    words += ["--resume"] * args.resume
+    words = ["train", str(args.recipe or args.cfg), "--output", str(run), *["--resume"] * args.resume]
     words += [word for text in args.sets for word in ("--set", text)]
     words += ["--opts", *args.opts] if args.opts else []
     job = submit(words, run / "slurm", settings)
     say(f"submitted job {job}; its output goes to {run / 'slurm'}")
-    if args.json:
-        emit({"job": job, "run": str(run)})
-    return 0
+    return _done(args, {"job": job, "run": str(run)})
 
 
 def _eval(args: argparse.Namespace) -> int:
     from polytask.runs import Run, score
     from polytask.tables import print_scores
 
-    scores = score(Run(args.run), checkpoint=args.checkpoint, split=args.split)
+    scores = score(Run(args.run, tuple(args.sets)), checkpoint=args.checkpoint, split=args.split)
     print_scores(scores)
-    if args.json:
-        emit({"run": str(args.run), "scores": scores})
-    return 0
+    return _done(args, {"run": str(args.run), "scores": scores})
 
 
 def _predict(args: argparse.Namespace) -> int:
     from polytask.predict import predict_files
     from polytask.runs import Run
 
-    output = args.output or args.run / "predictions"
+    run, output = Run(args.run), args.output or args.run / "predictions"
     tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else None
-    results = predict_files(
-        Run(args.run), args.images, output, tasks=tasks, checkpoint=args.checkpoint, raw=args.raw
-    )
+    results = predict_files(run, args.images, output, tasks=tasks, checkpoint=args.checkpoint, raw=args.raw)
     for result in results:
         say("  ".join(f"{key}: {value}" for key, value in result.items()))
-    if args.json:
-        emit(results)
-    return 0
+    return _done(args, results)
 
 
 def _profile(args: argparse.Namespace) -> int:
@@ -249,9 +247,7 @@ def _profile(args: argparse.Namespace) -> int:
 
     report = profile(_load(args), repeats=args.repeats)
     print_cost(report.as_dict())
-    if args.json:
-        emit(report.as_dict())
-    return 0
+    return _done(args, report.as_dict())
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -262,9 +258,7 @@ def _compare(args: argparse.Namespace) -> int:
     print_comparison(comparison)
     if args.report:
         say(f"report: {args.report}")
-    if args.json:
-        emit(comparison.as_dict())
-    return 0
+    return _done(args, comparison.as_dict())
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -273,9 +267,7 @@ def _list(args: argparse.Namespace) -> int:
 
     rows = catalog(args.what, args.pattern)
     table(args.what, ["name", "what it is"], rows)
-    if args.json:
-        emit([{"name": name, "description": text} for name, text in rows])
-    return 0
+    return _done(args, [{"name": name, "description": text} for name, text in rows])
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -283,14 +275,10 @@ def _show(args: argparse.Namespace) -> int:
     from polytask.files import dump_yaml
     from polytask.recipe import recipe_schema
 
-    if args.schema:
-        emit(recipe_schema())
-        return 0
-    data = encode(_load(args))
-    if args.json:
-        emit(data)
+    if args.schema or args.json:
+        emit(recipe_schema() if args.schema else encode(_load(args)))
     else:
-        print(dump_yaml(data), end="")
+        print(dump_yaml(encode(_load(args))), end="")
     return 0
 
 
@@ -302,34 +290,54 @@ def _dataset(args: argparse.Namespace) -> Any:
 
 def _data_verify(args: argparse.Namespace) -> int:
     from polytask.data.base import verify
-    from polytask.tables import table
+    from polytask.tables import print_verification
 
     report = verify(_dataset(args), [args.split] if args.split else None)
-    table("samples", ["split", "count"], [(split, str(count)) for split, count in report.counts.items()])
-    labels = [
-        (task, ", ".join(f"{v}: {n}" for v, n in sorted(seen.items())))
-        for task, seen in report.histograms.items()
-    ]
-    labels += [(task, f"{low:.4g} to {high:.4g}") for task, (low, high) in report.ranges.items()]
-    table("labels", ["task", "values (pixels or images)"], labels)
-    for problem in report.problems:
+    print_verification(report)
+    return _problems(args, vars(report))
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from polytask.data.cache import prepare
+
+    result = prepare(_dataset(args), [args.split] if args.split else None, args.workers)
+    say(f"{result['folder']} keeps {', '.join(result['labels']) or 'nothing: no label is slow'}")
+    return _problems(args, result)
+
+
+def _problems(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    for problem in result["problems"]:
         say(f"problem: {problem}")
-    count = len(report.problems)
+    count = len(result["problems"])
     say("no problems" if not count else "1 problem" if count == 1 else f"{count} problems")
-    if args.json:
-        emit(vars(report))
-    return 3 if report.problems else 0
+    return _done(args, result) or 3 * bool(count)
 
 
 def _data_preview(args: argparse.Namespace) -> int:
     from polytask.viz import contact_sheet, save_picture
 
     spec = _dataset(args)
-    save_picture(contact_sheet(spec, args.split or spec.SPLITS[0], max(args.count, 1)), args.output)
+    save_picture(contact_sheet(spec, args.split or spec.split_names()[0], max(args.count, 1)), args.output)
     say(f"preview: {args.output}")
-    if args.json:
-        emit({"preview": str(args.output)})
-    return 0
+    return _done(args, {"preview": str(args.output)})
+
+
+def _data_export(args: argparse.Namespace) -> int:
+    from polytask.data.export import export
+
+    return _written(args, export(args.layout, args.out, args.sets, split=args.split, count=args.count))
+
+
+def _data_pack(args: argparse.Namespace) -> int:
+    from polytask.data.packed import pack
+
+    splits, size = [args.split] if args.split else (), args.count or 256
+    return _written(args, pack(_dataset(args), args.out, splits, per_shard=size))
+
+
+def _written(args: argparse.Namespace, counts: dict[str, int]) -> int:
+    say(f"{args.out}: {', '.join(f'{split} {count}' for split, count in counts.items())}")
+    return _done(args, {"folder": str(args.out), "counts": counts})
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -339,6 +347,4 @@ def _demo(args: argparse.Namespace) -> int:
     comparison, page = run_demo(args.output, say)
     print_comparison(comparison)
     say(f"report: {page}")
-    if args.json:
-        emit(comparison.as_dict())
-    return 0
+    return _done(args, comparison.as_dict())

@@ -253,12 +253,12 @@ def _locate(cls: type[Spec], data: object, loc: tuple[int | str, ...]) -> tuple[
     for key in loc:
         if isinstance(target, Slot) and isinstance(key, str) and key in registered(target.name):
             target = registered(target.name)[key]
-        elif isinstance(target, type) and isinstance(key, str):
+        elif isinstance(target, type) and isinstance(key, str) and key != "[key]":
             owner = target
             path.append(key)
             data = data.get(key) if isinstance(data, Mapping) else None
             field = target.model_fields.get(key)
-            target = _target([*field.metadata, field.annotation]) if field else None
+            target = _target([*field.metadata, field.annotation]) if field else target  # a name in a mapping
         elif isinstance(key, int) or (isinstance(data, Mapping) and key in data):  # else: a member of a union
             path.append(str(key))
             data = _inside(data, key)
@@ -275,7 +275,9 @@ def _inside(data: object, key: int | str) -> object:
 def _slot_at(cls: type[Spec], loc: tuple[int | str, ...]) -> str | None:
     target: type[Spec] | Slot | None = cls
     for key in loc:
-        if isinstance(target, type) and isinstance(key, str) and key in target.model_fields:
+        if isinstance(target, Slot) and isinstance(key, str) and key in registered(target.name):
+            target = registered(target.name)[key]
+        elif isinstance(target, type) and isinstance(key, str) and key in target.model_fields:
             field = target.model_fields[key]
             target = _target([*field.metadata, field.annotation])
     return target.name if isinstance(target, Slot) else None

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +188,36 @@ def make_folder(path: Path, where: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"folder cannot be made ({error})", where=where, got=str(path)) from None
+
+
+@contextmanager
+def new_folder(path: Path, where: str) -> Iterator[Path]:
+    """A folder to fill, which appears under its name when it is complete, or not at all.
+
+    Raises:
+        ConfigError: there is something of that name, or it cannot be made.
+    """
+    if path.exists():
+        hint = "name one that does not exist yet"
+        raise ConfigError("nothing is overwritten", where=where, got=str(path), hint=hint)
+    draft = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}")
+    make_folder(draft, where)
+    try:
+        yield draft
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets processes of one machine wait for each other; without it they would do the work twice."""
+    with path.open("w") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -108,6 +108,32 @@ def attribute_bce(logits: Tensor, target: Tensor, total: Total) -> Tensor | None
     )
 
 
+def supervised_contrastive(
+    vectors: Tensor, target: Tensor, total: Total, *, temperature: float
+) -> Tensor | None:
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2), mean over anchors.
+
+    An anchor is an image with another one of its identity in the batch *of its process*, and is compared with
+    that batch only. Shares add up to the mean over the anchors of all processes; unlike other losses, that is
+    not what one process would compute for the whole batch.
+
+    Args:
+        vectors: ``[B, D]``, any length; compared by their cosines, over ``temperature``.
+        target: identities, -1 = unknown (takes no part), ``[B]``.
+        total: sum over all processes.
+    """
+    known = target >= 0
+    units, ids = unit_vectors(_wide(vectors[known])), target[known]
+    itself = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    same = (ids[:, None] == ids) & ~itself
+    anchors = total(same.any(1).sum())
+    if anchors == 0:
+        return None
+    cosines = (units @ units.T / temperature).masked_fill(itself, -torch.inf)
+    likely = cosines.log_softmax(1).masked_fill(~same, 0.0).sum(1) / same.sum(1).clamp(min=1)
+    return -likely.sum() / anchors
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32: sums over millions of pixels do not fit the precision of bfloat16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -100,6 +100,15 @@ def total(tensor: Tensor) -> Tensor:
     return summed
 
 
+def gather(rows: Tensor) -> Tensor:
+    """Rows of all processes below each other, in the order of the processes; their numbers may differ."""
+    if world() == 1:
+        return rows
+    parts = [rows] * world()
+    dist.all_gather_object(parts, rows)
+    return torch.cat(parts)
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up ``.grad`` over all processes, as one flat exchange.
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image as Pictures
 from PIL import ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.tv_tensors import Image
 
 from polytask.data.base import DatasetSpec
@@ -55,12 +54,9 @@ def predict_image(
     sample = data.pipeline.evaluate({"image": Image(image)}, data.image_size)
     device = next(model.parameters()).device
     logits = model(sample["image"].as_subclass(Tensor)[None].to(device), tuple(tasks)).logits
-    size = image.shape[-2:]
+    size = (image.shape[-2], image.shape[-1])
     own_size = {
-        name: F.interpolate(x.float(), size, mode="bilinear", align_corners=False)
-        if x.ndim == 4
-        else x.float()
-        for name, x in logits.items()
+        name: data.pipeline.restore(x, size) if x.ndim == 4 else x.float() for name, x in logits.items()
     }
     return {name: tasks[name].predict(x)[0].cpu() for name, x in own_size.items()}
 
@@ -74,7 +70,7 @@ def predict_files(
     checkpoint: str = "last",
     raw: bool = False,
 ) -> list[dict[str, str]]:
-    """Write one picture per image and dense task (and ``.npy`` values with ``raw``).
+    """Write one picture per image and dense task, and with ``raw`` the values of all tasks as ``.npy``.
 
     Returns:
         per image, its path and per task the written file, or the words of an image-level prediction.
@@ -110,13 +106,10 @@ def file_stems(images: Sequence[Path]) -> list[str]:
 def _write(tasks: TaskSet, predicted: Mapping[str, Tensor], base: Path, raw: bool) -> dict[str, str]:
     result = {}
     for name, value in predicted.items():
-        array = value.numpy()
-        if not tasks[name].dense:
-            result[name] = tasks[name].caption(array)
-            continue
-        file = base.with_name(f"{base.name}_{name}.png")
-        Pictures.fromarray(tasks[name].colorize(array)).save(file)
-        result[name] = str(file)
+        array, file = value.numpy(), base.with_name(f"{base.name}_{name}.png")
         if raw:
             np.save(file.with_suffix(".npy"), array)
+        if tasks[name].dense:
+            Pictures.fromarray(tasks[name].colorize(array)).save(file)
+        result[name] = str(file) if tasks[name].dense else tasks[name].caption(array)
     return result

@@ -21,7 +21,7 @@ from polytask.files import load_yaml, override
 from polytask.model import ModelSpec
 from polytask.optim import OptimSpec
 from polytask.phases import PhaseSpec
-from polytask.tasks.base import Task, TaskSet
+from polytask.tasks.base import Task, TaskName, TaskSet
 
 
 class RunSpec(Spec):
@@ -54,7 +54,7 @@ class Recipe(Spec):
         default=(), description="Python modules to import first; they register parts of your own"
     )
     data: Annotated[DatasetSpec, Slot("data")]
-    tasks: dict[str, dict[str, Any]] = Field(
+    tasks: dict[TaskName, dict[str, Any]] = Field(
         description="names of the dataset's tasks, each with changed settings"
     )
     model: ModelSpec
@@ -102,7 +102,7 @@ class Recipe(Spec):
         """
         if not self.tasks:
             raise ConfigErrors(
-                [f"tasks: at least one task is needed; {self.data.type} has {', '.join(self.data.TASKS)}"]
+                [f"tasks: at least one task is needed; {self.data.type} has {', '.join(self.data.labels())}"]
             )
         built: dict[str, Task] = {}
         problems: list[str] = []
@@ -116,9 +116,9 @@ class Recipe(Spec):
         return TaskSet(built)
 
     def _task(self, name: str, changes: dict[str, Any]) -> Task:
-        known = self.data.TASKS.get(name)
+        known = self.data.labels().get(name)
         if known is None:
-            hint = did_you_mean(name, self.data.TASKS)
+            hint = did_you_mean(name, self.data.labels())
             raise ConfigErrors([f"tasks.{name}: dataset {self.data.type!r} has no such task; {hint}"])
         kind, kinds = changes.get("type", known.type), registered("task")
         cls = kinds.get(kind) if isinstance(kind, str) else None
@@ -158,10 +158,9 @@ def _problems(recipe: Recipe, good: frozenset[str]) -> list[str]:
     problems: list[str] = []
     if {"data", "run"} <= good:
         for field, split in (("train_split", recipe.run.train_split), ("eval_split", recipe.run.eval_split)):
-            if split not in recipe.data.SPLITS:
-                problems.append(
-                    f"run.{field}: {_unknown(split, recipe.data.SPLITS, f'a split of {recipe.data.type}')}"
-                )
+            if split not in recipe.data.split_names():
+                unknown = _unknown(split, recipe.data.split_names(), f"a split of {recipe.data.type}")
+                problems.append(f"run.{field}: {unknown}")
     if "model" in good and recipe.model.adapter is not None and recipe.model.freeze_backbone:
         problems.append("model.freeze_backbone: an adapter decides itself what trains, so leave this out")
     if {"model", "phases"} <= good:

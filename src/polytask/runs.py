@@ -18,7 +18,7 @@ from polytask.engine import checkpoint as checkpoint_files
 from polytask.engine.evaluator import Scores, evaluate
 from polytask.engine.log import read_log
 from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
-from polytask.files import load_yaml
+from polytask.files import load_yaml, override
 from polytask.model import MultiTaskModel
 from polytask.parallel import choose_device
 from polytask.recipe import Recipe
@@ -30,6 +30,8 @@ class Run:
     """What ``polytask train`` left in a folder."""
 
     path: Path
+    overrides: tuple[str, ...] = ()
+    """Changes of the recipe, ``a.b=VALUE``, such as settings of the metrics."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -41,7 +43,7 @@ class Run:
         file = self.path / "recipe.yaml"
         if not file.exists():
             raise CheckpointError("this is no run folder (it has no recipe.yaml)", where=str(self.path))
-        return decode(Recipe, load_yaml(file), source=str(file))
+        return decode(Recipe, override(load_yaml(file), self.overrides), source=str(file))
 
     @cached_property
     def tasks(self) -> TaskSet:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from polytask.data.base import VerifyReport
     from polytask.report import Comparison
 
 
@@ -28,6 +29,17 @@ def print_scores(scores: dict[str, dict[str, float]]) -> None:
     """Every metric of every task."""
     rows = [(task, name, f"{value:.3f}") for task, values in scores.items() for name, value in values.items()]
     table("scores", ["task", "metric", "value"], rows)
+
+
+def print_verification(report: VerifyReport) -> None:
+    """What is in a dataset; the problems are not here."""
+    table("samples", ["split", "count"], [(split, str(count)) for split, count in report.counts.items()])
+    labels = [
+        (task, ", ".join([f"{v}: {n}" for v, n in sorted(seen.items())][:300]) + " …" * (len(seen) > 300))
+        for task, seen in report.histograms.items()
+    ]
+    labels += [(task, f"{low:.4g} to {high:.4g}") for task, (low, high) in report.ranges.items()]
+    table("labels", ["task", "values (pixels or images)"], labels)
 
 
 def print_comparison(comparison: Comparison) -> None:

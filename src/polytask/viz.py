@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -46,7 +47,8 @@ def task_picture(task: Task, value: Tensor, like: np.ndarray) -> np.ndarray:
 def text_picture(text: str, height: int, width: int) -> np.ndarray:
     """Words centered on white."""
     picture = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(picture).text((width / 2, height / 2), text, fill="black", anchor="mm", font=_font())
+    lines = textwrap.fill(text, max(width // 6, 1))
+    ImageDraw.Draw(picture).text((width / 2, height / 2), lines, fill="black", anchor="mm", font=_font())
     return np.asarray(picture)
 
 
@@ -173,20 +175,33 @@ def legend(names: Mapping[str, str]) -> str:
 
 
 def contact_sheet(spec: DatasetSpec, split: str, count: int) -> Image.Image:
-    """Samples of a split with all their labels, one row each, at the dataset's evaluation size.
+    """Samples of a split with all their labels laid over them, one row each, as evaluation sees them.
 
     Raises:
         ConfigError: unknown split.
         DataError: an empty split, and what the dataset raises.
     """
-    tasks = TaskSet(spec.TASKS)
+    tasks = TaskSet(spec.labels())
     samples = spec.open(split, tasks, train=False)
     if not len(samples):
         raise DataError("the split is empty", where=f"{spec.type}, {split}")
     rows, names = [], []
     for index in range(min(count, len(samples))):
         sample = samples[index]
-        picture = to_picture(sample["image"], spec.pipeline)
-        rows.append([picture, *(task_picture(task, sample[name], picture) for name, task in tasks.items())])
+        picture = _enlarged(to_picture(sample["image"], spec.pipeline))
+        rows.append([picture, *(_laid_over(picture, task, sample[name]) for name, task in tasks.items())])
         names.append(str(sample["id"]))
     return grid(rows, names, ["image", *tasks])
+
+
+def _laid_over(picture: np.ndarray, task: Task, value: Tensor) -> np.ndarray:
+    drawn = task_picture(task, value, picture)
+    if not task.dense or task.of_image:
+        return _enlarged(drawn)
+    return (0.4 * picture + 0.6 * _enlarged(drawn)).astype(np.uint8)
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    """Pixels repeated until there are 120 rows or more."""
+    times = -(-120 // picture.shape[0])
+    return picture.repeat(times, axis=0).repeat(times, axis=1)

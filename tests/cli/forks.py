@@ -133,8 +133,11 @@ class Forks:
 def _child(request: Mapping[str, Any]) -> int:
     import importlib
 
+    import torch
+
     from polytask.cli import main
 
+    torch.set_num_threads(1)  # a fork makes its own pool of threads; two threads doing so at once would crash
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(request["folder"]) / name, os.O_CREAT | os.O_WRONLY), number)
     os.environ.update(request["env"])

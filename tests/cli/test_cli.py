@@ -16,6 +16,7 @@ from PIL import Image
 
 from polytask.cli import main, parser
 from tests.cli.forks import Forks
+from tests.data.pascal_mt import write_pascal_mt
 
 Write = Callable[..., Path]
 VERBS = (
@@ -30,6 +31,9 @@ VERBS = (
     "data",
     "data verify",
     "data preview",
+    "data prepare",
+    "data export",
+    "data pack",
 )
 
 
@@ -124,7 +128,9 @@ def test_train_eval_predict_profile(
     code, out, err = call("eval", run)
     assert (code, out) == (0, "")
     assert "mIoU" in err
-    scored = call.json("eval", run, "--checkpoint", "best", "--split", "test")
+    scored = call.json(
+        "eval", run, "--checkpoint", "best", "--split", "test", "--set", "tasks.semseg.absent=zero"
+    )
     assert set(scored["scores"]) == set(result["scores"])
     (predicted,) = call.json("predict", run, photo, "--raw", "--tasks", "depth, scene")
     assert Path(predicted["depth"]) == run / "predictions" / "photo_depth.png"
@@ -205,6 +211,49 @@ def test_data_verbs(call: Call, rooms: Path, tmp_path: Path) -> None:
     ) == {"preview": str(sheet)}
     with Image.open(sheet) as picture:
         assert picture.size[1] > 2 * 32
+
+
+def test_data_export_and_pack(call: Call, tmp_path: Path) -> None:
+    nyud, packed = tmp_path / "nyud", tmp_path / "packed"
+    made = call.json("data", "export", "NYUD_MT", nyud, "--set", "preset=nano", "--count", "3")
+    assert made == {"folder": str(nyud), "counts": {"train": 3, "val": 3}}
+    made = call.json("data", "pack", "nyud", nyud, packed, "--split", "train", "--count", "2")
+    assert made["counts"] == {"train": 3}
+    assert {p.name for p in packed.iterdir()} == {"index.json", "train-000000.tar", "train-000001.tar"}
+    found = [
+        call.json("data", "verify", *words) for words in (("nyud", nyud), ("packed", f"file://{packed}"))
+    ]
+    assert found[0]["counts"] == {"train": 3, "val": 3}
+    assert found[1]["counts"] == {"train": 3}
+    assert found[0]["problems"] == found[1]["problems"] == []
+    sheet = tmp_path / "sheet.png"
+    assert call("data", "preview", "packed", packed, "--output", sheet)[0] == 0
+    for words, code, message in (
+        (("export", "NYUD", tmp_path / "x"), 2, "did you mean 'NYUDv2'"),
+        (("export", "CelebA", nyud), 2, "nothing is overwritten"),
+        (("pack", "packed", packed, packed), 2, "nothing is overwritten"),
+        (("verify", "packed", tmp_path / "nowhere"), 3, "nowhere/index.json: no such file"),
+        (("verify", "packed", "memory://nowhere"), 3, "memory://nowhere/index.json: no such file"),
+    ):
+        result = call("data", *words)
+        assert result[:2] == (code, "")
+        assert message in result[2]
+        assert "Traceback" not in result[2]
+
+
+def test_data_prepare(call: Call, tmp_path: Path) -> None:
+    photos = write_pascal_mt(tmp_path / "PASCAL_MT")
+    words = ("data", "prepare", "pascal_context", tmp_path / "PASCAL_MT", "--workers", "0")
+    kept = ("--set", f"label_cache={tmp_path / 'kept'}")
+    found = call.json(*words, *kept)
+    assert found["counts"] == {"train": 2, "val": 3}
+    assert len([path for path in Path(found["folder"]).rglob("*") if path.is_file()]) == 5 * len(photos)
+    (tmp_path / "PASCAL_MT" / "human_parts" / "2008_000002.mat").write_bytes(b"no")
+    code, _, err = call(*words, *kept, "--split", "val")
+    assert code == 3
+    assert "problem: " in err
+    assert "2008_000002.mat: file cannot be read" in err
+    assert call(*words, "--set", "label_cache=never")[0] == 2
 
 
 # --- exit codes ------------------------------------------------------------------------------------

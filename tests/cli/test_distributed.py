@@ -129,6 +129,17 @@ def test_balanced_when_sharded(forks: Forks, recipe_file: Write, tmp_path: Path)
             assert sentence in fork.err
 
 
+def test_scores_that_need_the_whole_split_at_once(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
+    file = recipe_file(
+        *SAME, "tasks={semseg: null, scene: {type: embedding, dimension: 4}}", "phases.0.steps=1",
+        "phases.0.objective.losses={semseg: 1}", "optim.lr=1e-9", "data.eval_batch_size=6",
+    )  # fmt: skip
+    one, two = train_both(forks, file, tmp_path)
+    mine, theirs = scores(two), scores(one)
+    assert 0 < mine["scene/MAP_R"] < mine["scene/recall_1"] < mine["scene/recall_8"]
+    assert mine == pytest.approx(theirs, rel=1e-6)
+
+
 def test_labels_that_only_one_process_has(forks: Forks, recipe_file: Write, tmp_path: Path) -> None:
     file = recipe_file(*SAME, "data.batch_size=4", "phases.0.steps=8")
     one, two = train_both(forks, file, tmp_path, patch="sparse_labels")

@@ -136,7 +136,7 @@ def test_kills_at_random_moments(
     run, rng, kills = tmp_path / "run", random.Random(workers), 0
     fork = forks.start(["train", str(file), "--output", str(run), *changed])
     while kills < 8:
-        moment = time.monotonic() + rng.uniform(0.3, 1.5)
+        moment = time.monotonic() + rng.uniform(0.2, 1.0)
         while fork.running() and time.monotonic() < moment:
             time.sleep(0.005)
         if not fork.running():
@@ -147,7 +147,7 @@ def test_kills_at_random_moments(
         more = ["--resume"] if (run / "recipe.yaml").exists() else []
         fork = forks.start(["train", str(file), "--output", str(run), *changed, *more])
     assert fork.wait() == 0, fork.err
-    assert kills >= 3
+    assert kills >= 2  # how many fit in depends on how busy the machine is
     assert_same_end(run, reference)
 
 

@@ -14,7 +14,7 @@ from polytask.data.base import train_loader
 from polytask.engine.step import StepSetup, train_step
 from polytask.files import dump_yaml, load_yaml, parse_yaml
 from polytask.recipe import Recipe, load_recipe, shipped_recipes
-from tests.data.pascal_mt import write_pascal_mt
+from tests.contract.test_datasets import CASES
 
 RECIPES = {
     name: path
@@ -51,12 +51,12 @@ def test_names_are_told_apart_within_a_folder() -> None:
 def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     """The same kind of data, techniques and tasks in their smallest form."""
     data: dict[str, Any] = copy.deepcopy(encode(recipe))
-    data["data"] |= {"batch_size": 2, "image_size": [32, 32], "workers": 0}
-    if data["data"]["type"] == "rooms":
-        data["data"] |= {"preset": "nano", "image_size": [32, 48], "pretrain_size": 4}
+    kind, changes = data["data"]["type"], {"batch_size": 2, "image_size": [32, 32], "workers": 0}
+    if kind == "rooms":
+        changes |= {"preset": "nano", "image_size": [32, 48], "pretrain_size": 4}
     else:
-        write_pascal_mt(folder / "pascal")
-        data["data"] |= {"root": str(folder / "pascal")}
+        changes |= {"root": CASES[kind](folder)["root"]}
+    data["data"] |= changes
     backbone = data["model"]["backbone"]
     backbone |= {"pretrained": False, "weights": None}
     if "swin" in backbone["name"]:

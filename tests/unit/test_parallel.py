@@ -10,6 +10,7 @@ from torch import nn
 from polytask import parallel
 from polytask.parallel import (
     BatchNorm2d,
+    gather,
     gradient_norm,
     rank,
     scale_gradients,
@@ -35,6 +36,7 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start(torch.device("cpu")) is False
     x = torch.randn(3)
     assert total(x) is x
+    assert gather(x) is x
 
 
 def test_gradients_of_one_process_stay_as_they_are() -> None:

@@ -30,7 +30,8 @@ def test_files_at_the_size_of_the_image(trained: Path, photo: Path, tmp_path: Pa
             assert picture.size == (71, 45)
         assert np.load(tmp_path / "out" / f"photo_{name}.npy").shape[-2:] == (45, 71)
     assert any(word in result["scene"] for word in Run(trained).tasks["scene"].classes)  # type: ignore[attr-defined]
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert np.load(tmp_path / "out" / "photo_scene.npy").shape == ()
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_prediction_for_an_image_of_the_dataset(trained: Path) -> None:

@@ -37,6 +37,7 @@ def problems(file: Path, *changes: str) -> list[str]:
     return [problem.removeprefix(f"{file}: ") for problem in caught.value.problems]
 
 
+OWN = "data={type: folder, root: x, image_size: 8, splits: {train: a, val: b}, targets: {far"
 SENTENCES = {
     "model.adapter.rnak=3": "model.adapter.rnak: unknown key; did you mean 'rank'? (mtlora takes type,",
     "optim.lr=fast": "optim.lr: input should be a valid number, unable to parse string as a number",
@@ -80,6 +81,13 @@ SENTENCES = {
     "data.batch_size=0": "data.batch_size: input should be greater than or equal to 1",
     "run.eval_split=vla": "run.eval_split: 'vla' is not a split of rooms; did you mean 'val'?",
     "run.trackers=[wnadb]": "run.trackers.0: input should be 'tensorboard', 'wandb', 'trackio' or 'mlflow'",
+    "data.pipeline.type=astm": "data.pipeline: unknown name 'astm'; did you mean 'astmt'? (known: plain, ast",
+    f"{OWN}: {{task: dept}}}}}}": "data.targets.far.task: unknown name 'dept'; did you mean 'depth'?",
+    f"{OWN}: {{task: {{type: depth, max: 1}}, file: a}}}}}}": "data.targets.far.task.max: unknown key",
+    f"{OWN}: {{task: depth, fiel: a}}}}}}": "data.targets.far.fiel: unknown key; did you mean 'file'?",
+    f"{OWN}.a: {{task: depth, file: a}}}}}}": "data.targets.far.a: 'far.a' cannot name a task: use letters,",
+    "tasks=[items]": "tasks: 'items' cannot name a task",
+    "tasks={image: {}}": "tasks.image: 'image' cannot name a task",
     "seed=-1": "seed: input should be greater than or equal to 0, got -1",
     "schema_version=2": "schema_version: input should be 1",
     "sede=1": "sede: unknown key; did you mean 'seed'? (Recipe takes schema_version, name,",
@@ -263,5 +271,5 @@ def test_home_in_paths(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["keys", "items", "type", "forward", "a.b", "", "image", "id"])
 def test_names_a_task_cannot_have(name: str, small: Make) -> None:
     task = small().task_set()["semseg"]
-    with pytest.raises(ConfigError, match="a task cannot have this name"):
+    with pytest.raises(ConfigError, match="cannot name a task"):
         TaskSet({name: task})

@@ -45,6 +45,14 @@ def test_score_of_a_split(trained: Path) -> None:
         score(run, split="tset")
 
 
+def test_score_under_other_settings(trained: Path) -> None:
+    near, all_ = score(Run(trained, ("tasks.depth.max_depth=2",))), score(Run(trained))
+    assert near["depth"]["rmse"] != all_["depth"]["rmse"]
+    assert near["semseg"] == all_["semseg"]
+    with pytest.raises(ConfigError, match="max_dept: unknown key"):
+        score(Run(trained, ("tasks.depth.max_dept=2",)))
+
+
 def test_score_in_training_is_that_of_the_checkpoint(trained: Path, tmp_path: Path) -> None:
     run = Run(trained)
     limited = run.recipe.data.open("val", run.tasks, train=False)

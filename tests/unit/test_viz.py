@@ -97,7 +97,7 @@ def test_contact_sheet(small: Make, rooms: Path) -> None:
     data = small().data
     sheet = contact_sheet(data, "val", 2)
     assert sheet.size[0] > 8 * 48
-    assert 2 * 32 < sheet.size[1] < 3 * 48
+    assert 2 * 128 < sheet.size[1] < 3 * 128  # four times as large
     with pytest.raises(ConfigError, match="unknown split"):
         contact_sheet(data, "vla", 1)
 

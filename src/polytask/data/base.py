@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.tv_tensors import Image
 
 from polytask.config import Slot, Spec
+from polytask.data.cache import read_cached
 from polytask.data.maps import ClassMap, DenseMap, plain
+from polytask.data.order import BatchOrder as BatchOrder
 from polytask.data.pipelines import Pipeline
 from polytask.errors import ConfigError, DataError, PolytaskError, did_you_mean
 from polytask.progress import track
@@ -37,11 +39,13 @@ class Record:
         id: unique within the split.
         files: where its fields are, by name.
         index: position inside the files, for datasets that pack many samples in one.
+        values: image-level labels that are known without reading a file, by name.
     """
 
     id: str
     files: Mapping[str, Path] = field(default_factory=dict)
     index: int = -1
+    values: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
 
     def where(self, field_name: str) -> str:
         """What to name in a message about a field: its file if known, else the id."""
@@ -66,16 +70,28 @@ class DatasetSpec(Spec):
     image_size: ImageSize = Field(description="height and width the model sees; one number for a square")
     pipeline: Annotated[Pipeline, Slot("pipeline")]
     batch_size: int = Field(default=16, ge=1, description="training samples per step, over all processes")
-    eval_batch_size: int = Field(
-        default=16, ge=1, description="evaluation samples per pass, over all processes"
-    )
+    eval_batch_size: int = Field(default=16, ge=1, description="samples per evaluation pass, in all")
     workers: int = Field(default=0, ge=0, description="loader processes per training process")
+    label_cache: Literal["auto", "never"] | Path = Field(
+        default="auto", description="folder to keep decoded label maps in; auto: what `data prepare` made"
+    )
 
     TASKS: ClassVar[Mapping[str, Task]]
     """What the dataset has labels for, with its class counts and usual weights."""
     SPLITS: ClassVar[tuple[str, ...]]
+    """Names of the splits, the one to train on first."""
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset()
     """Label maps that say nothing when they hold no class but 0, and are then ignored as a whole."""
+    SLOW: ClassVar[frozenset[str]] = frozenset()
+    """Label maps that take long to read: `data prepare` decodes them once. Records name all their files."""
+
+    def labels(self) -> Mapping[str, Task]:
+        """What there are labels for under these settings; ``TASKS`` unless a dataset overrides it."""
+        return self.TASKS
+
+    def split_names(self) -> tuple[str, ...]:
+        """The splits under these settings; ``SPLITS`` unless a dataset overrides it."""
+        return self.SPLITS
 
     @abstractmethod
     def records(self, split: str) -> list[Record]:
@@ -87,7 +103,7 @@ class DatasetSpec(Spec):
 
     @abstractmethod
     def read(self, record: Record, name: str) -> Tensor:
-        """One field as stored: ``image`` uint8 ``[3, H, W]``, or the raw label of a task.
+        """One field: ``image`` ``[3, H, W]``, uint8 or float32 in 0..255, or the raw label of a task.
 
         Label maps are integers ``[H, W]`` with 255 = ignore, depth is float ``[H, W]`` in meters,
         normals are float ``[H, W, 3]``, image-level classes are integer scalars.
@@ -95,6 +111,13 @@ class DatasetSpec(Spec):
         Raises:
             DataError: file missing, damaged or of unexpected content; names the file.
         """
+
+    def shuffle(self, records: Sequence[Record], generator: torch.Generator) -> list[int]:
+        """The order of one epoch of training, as indices of the records: any is as likely as any other.
+
+        A dataset may keep together what lies together; what it returns may depend on nothing else.
+        """
+        return torch.randperm(len(records), generator=generator).tolist()
 
     def audit(self, split: str) -> list[str]:  # noqa: ARG002 - datasets with check sums use it
         """Problems of a split's files beyond their content, one sentence each; for ``verify``."""
@@ -105,21 +128,20 @@ class DatasetSpec(Spec):
         """The samples of a split with the labels of the given tasks; ``train`` augments them by ``seed``.
 
         Raises:
-            ConfigError: unknown split or task.
-            DatasetNotFoundError: see ``records``.
+            ConfigError: unknown split or task; see ``records`` too.
         """
         self.check_split(split)
         for name in tasks:
-            if name not in self.TASKS:
-                hint = did_you_mean(name, self.TASKS)
+            if name not in self.labels():
+                hint = did_you_mean(name, self.labels())
                 raise ConfigError(f"{self.type} has no labels for task {name!r}", where="tasks", hint=hint)
         return Samples(self, self.records(split), tasks, train=train, seed=seed)
 
     @final
     def check_split(self, split: str) -> None:
         """Raise ConfigError if there is no such split."""
-        if split not in self.SPLITS:
-            hint = did_you_mean(split, self.SPLITS)
+        if split not in self.split_names():
+            hint = did_you_mean(split, self.split_names())
             raise ConfigError("unknown split", where=f"data.{self.type}", got=split, hint=hint)
 
     @final
@@ -130,25 +152,23 @@ class DatasetSpec(Spec):
         return {"image": image, **labels}
 
     @final
-    def label(self, record: Record, name: str, task: Task, image: Tensor) -> Tensor:
-        """The target of one task: a map as large as the image, or a scalar.
+    def label(self, record: Record, name: str, task: Task, image: Tensor | None) -> Tensor:
+        """The target of one task: a map as large as the image, if that can be read, or a scalar.
 
         Raises:
             DataError: unreadable file, unknown class, or a map of another size than the image.
         """
-        raw, where = self.read(record, name), record.where(name)
+        where, read = record.where(name), read_cached if task.dense else type(self).read
+        raw = image if image is not None and task.of_image else read(self, record, name)
         try:
             value = task.encode(raw)
         except DataError as error:  # which does not know the file
             raise DataError(error.what, where=where, got=error.got, expected=error.expected) from None
-        size, expected = value.shape[-2:], image.shape[-2:]
+        size, expected = value.shape[-2:], value.shape[-2:] if image is None else image.shape[-2:]
         if isinstance(value, DenseMap) and size != expected:
-            raise DataError(
-                f"the {name} map has another size than the image {record.where('image')}",
-                where=where,
-                got=f"{size[0]}x{size[1]}",
-                expected=f"{expected[0]}x{expected[1]} (height x width)",
-            )
+            what = f"the {name} map has another size than the image {record.where('image')}"
+            got, wanted = (f"{h}x{w}" for h, w in (size, expected))
+            raise DataError(what, where=where, got=got, expected=f"{wanted} (height x width)")
         if isinstance(value, ClassMap) and name in self.EMPTY_IS_IGNORED:
             value = ClassMap(value, empty_is_ignored=True)
         return value
@@ -159,6 +179,7 @@ class Samples(Dataset[Sample]):
 
     ``samples[index]`` is ``{"image": float32 [3, H, W], "<task>": target, "id": str}``. A key
     ``(epoch, index)`` chooses the augmentation too: it depends on (seed, epoch, index) and nothing else.
+    Datasets of video add ``clip``, float32 ``[T, 3, H, W]``: the frames around, augmented as the image is.
     """
 
     def __init__(
@@ -171,64 +192,28 @@ class Samples(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        record, spec = self.records[index], self.spec
-        sample: Sample = {**spec.load(record, self.tasks), "id": record.id}
-        if self.train:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derive(self.seed, epoch, index))
-                sample = spec.pipeline.train(sample, spec.image_size)
-        else:
-            sample = spec.pipeline.evaluate(sample, spec.image_size)
-        return {k: plain(v) if isinstance(v, Tensor) else v for k, v in sample.items()}
+        record = self.records[index]
+        loaded: Sample = {**self.spec.load(record, self.tasks), "id": record.id}
+        sample = self._transformed(loaded, epoch, index)
+        if "clip" in record.files:  # every frame with the labels, so that the same is drawn for it
+            frames = [{**loaded, "image": Image(frame)} for frame in self.spec.read(record, "clip")]
+            sample["clip"] = torch.stack([self._transformed(f, epoch, index)["image"] for f in frames])
+        widened = {k: v.long() if isinstance(v, ClassMap) else v for k, v in sample.items()}
+        return {k: plain(v) if isinstance(v, Tensor) else v for k, v in widened.items()}
+
+    def shuffle(self, generator: torch.Generator) -> list[int]:
+        """The order of one epoch."""
+        return self.spec.shuffle(self.records, generator)
+
+    def _transformed(self, sample: Sample, epoch: int, index: int) -> Sample:
+        if not self.train:
+            return self.spec.pipeline.evaluate(sample, self.spec.image_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive(self.seed, epoch, index))
+            return self.spec.pipeline.train(sample, self.spec.image_size)
 
 
-# --- order and loaders -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchOrder(Sampler[list[tuple[int, int]]]):
-    """One epoch's batches for one process, as lists of (epoch, index): stateless, so resumable anywhere.
-
-    The order is a permutation given by (seed, epoch), cut into global batches; of each, this process
-    takes its contiguous slice. A short batch at the end is dropped unless it is the only one.
-
-    Attributes:
-        length: number of samples.
-        batch_size: samples per step over all processes.
-        start: global batches of this epoch that have been done already.
-        rank: number of this process out of ``world``.
-    """
-
-    length: int
-    batch_size: int
-    seed: int
-    epoch: int
-    start: int = 0
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.world:
-            what, expected = "the batch cannot be divided among the processes", f"a multiple of {self.world}"
-            raise ConfigError(what, where="data.batch_size", got=self.batch_size, expected=expected)
-        if self.length < self.world:
-            raise ConfigError("fewer samples than processes", where="data", got=self.length)
-
-    @property
-    def steps(self) -> int:
-        """Global batches in the whole epoch, whatever ``start`` is."""
-        return max(self.length // self.batch_size, 1)
-
-    def __len__(self) -> int:
-        return max(self.steps - self.start, 0)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(derive(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        size = min(self.batch_size, self.length)
-        low, high = (size * rank // self.world for rank in (self.rank, self.rank + 1))
-        for step in range(self.start, self.steps):
-            yield [(self.epoch, i) for i in order[step * size + low : step * size + high]]
+# --- loaders ---------------------------------------------------------------------------------------
 
 
 def train_loader(
@@ -248,7 +233,8 @@ def train_loader(
         ConfigError: ``batch_size`` (over all processes) is no multiple of ``world``.
     """
     place = {"start": start, "rank": rank, "world": world}
-    order = BatchOrder(length=len(samples), batch_size=batch_size, seed=seed, epoch=epoch, **place)
+    size, shuffle = {"length": len(samples), "batch_size": batch_size}, samples.shuffle
+    order = BatchOrder(**size, seed=seed, epoch=epoch, **place, shuffle=shuffle)
     return _loader(samples, order, workers)
 
 
@@ -315,8 +301,8 @@ class VerifyReport:
 
 def verify(spec: DatasetSpec, splits: Sequence[str] | None = None) -> VerifyReport:
     """Read every field of every record of some splits (by default all), collecting the problems."""
-    report = VerifyReport()
-    for split in splits or spec.SPLITS:
+    report, seen, spec = VerifyReport(), set[str](), spec.model_copy(update={"label_cache": "never"})
+    for split in splits or spec.split_names():
         spec.check_split(split)
         try:
             records = spec.records(split)
@@ -327,23 +313,22 @@ def verify(spec: DatasetSpec, splits: Sequence[str] | None = None) -> VerifyRepo
         repeated = [name for name, times in Counter(record.id for record in records).items() if times > 1]
         report.problems += [f"{split}: id {name!r} occurs more than once" for name in repeated]
         report.problems += spec.audit(split)
-        for record in track(records, f"verifying {split}"):
+        for record in track([r for r in records if r.id not in seen], f"verifying {split}"):
             _verify_record(spec, record, report)
+        seen.update(record.id for record in records)  # a split may be the union of others
+    report.problems = list(dict.fromkeys(report.problems))  # what is wrong with all is said once
     return report
 
 
 def _verify_record(spec: DatasetSpec, record: Record, report: VerifyReport) -> None:
+    image: Tensor | None = None
     try:
         image = spec.read(record, "image")
     except DataError as error:
         report.problems.append(str(error))
-        return
-    for name, task in spec.TASKS.items():
+    for name, task in spec.labels().items():
         try:
-            value = spec.label(record, name, task, image)
+            if image is not None or not task.of_image:
+                report.add(name, spec.label(record, name, task, image))
         except DataError as error:
             report.problems.append(str(error))
-            continue
-        if not value.isfinite().all():
-            report.problems.append(f"{record.where(name)}: {name} has values that are not finite")
-        report.add(name, value)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image as Picture
 from pydantic import Field
 from torch import Tensor
 
 from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
+from polytask.data.files import check_folders, check_listed, picture_size, read_list, read_mat, read_picture
 from polytask.data.maps import VectorMap, plain, stretch
 from polytask.data.pipelines import Astmt, Pipeline
-from polytask.data.thinning import thin
-from polytask.errors import DataError, DatasetNotFoundError, MissingDependencyError
+from polytask.data.thinning import contours, thin
+from polytask.errors import DataError
 from polytask.progress import track
 from polytask.tasks.base import Task
 from polytask.tasks.edge import Edge
@@ -88,6 +86,9 @@ class PascalContext(DatasetSpec):
         default=32, ge=1, description="evaluation samples per pass, over all processes"
     )
     require_parts: bool = Field(default=False, description="only photos of persons with annotated parts")
+    edges: Literal["laplacian", "contours"] = Field(
+        default="laplacian", description="true edges: those to train on, or those of the published odsF"
+    )
 
     SPLITS: ClassVar[tuple[str, ...]] = ("train", "val")
     TASKS: ClassVar[Mapping[str, Task]] = {
@@ -98,19 +99,14 @@ class PascalContext(DatasetSpec):
         "edge": Edge(positive_weight=0.95, weight=50.0),
     }
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset({"human_parts"})
+    SLOW: ClassVar[frozenset[str]] = frozenset(TASKS)
 
     def records(self, split: str) -> list[Record]:
         """The photos of ``ImageSets/Context/<split>.txt``, in its order."""
         self.check_split(split)
-        self._check_folders()
-        found = [self._record(name) for name in self._ids(split)]
-        absent = [record.id for record in found if not record.files["image"].is_file()]
-        if absent:
-            raise DatasetNotFoundError(
-                f"{len(absent)} of {len(found)} listed photos are not in JPEGImages, first {absent[0]}",
-                where=str(self._list(split)),
-                hint=_ARCHIVE,
-            )
+        check_folders(self.root, (*_FOLDERS, _SEMSEG), _ARCHIVE)
+        found = [self._record(name) for name in read_list(self._list(split), _ARCHIVE)]
+        check_listed([record.files["image"] for record in found], self._list(split), _ARCHIVE)
         if not self.require_parts:
             return found
         return [
@@ -131,30 +127,8 @@ class PascalContext(DatasetSpec):
 
     # --- files -------------------------------------------------------------------------------------
 
-    def _check_folders(self) -> None:
-        if not self.root.is_dir():
-            raise DatasetNotFoundError("no such folder", where=str(self.root), hint=_ARCHIVE)
-        missing = [name for name in _FOLDERS if not (self.root / name).is_dir()]
-        if not any((self.root / name).is_dir() for name in _SEMSEG):
-            missing.append(" or ".join(_SEMSEG))
-        if missing:
-            what = f"folders are missing: {', '.join(missing)}"
-            raise DatasetNotFoundError(what, where=str(self.root), hint=_ARCHIVE)
-
     def _list(self, split: str) -> Path:
         return self.root / "ImageSets" / "Context" / f"{split}.txt"
-
-    def _ids(self, split: str) -> list[str]:
-        path = self._list(split)
-        try:
-            ids = path.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DatasetNotFoundError(
-                f"split cannot be read ({error})", where=str(path), hint=_ARCHIVE
-            ) from None
-        if not ids:
-            raise DatasetNotFoundError("split lists no photos", where=str(path), hint=_ARCHIVE)
-        return ids
 
     def _record(self, name: str) -> Record:
         labels = [self.root / folder / f"{name}.png" for folder in _SEMSEG]
@@ -187,7 +161,7 @@ class PascalContext(DatasetSpec):
                 raise DataError("masks differ in size", where=str(path), got=mask.shape, expected=drawn.shape)
             drawn[mask != 0] = part
         if drawn is None:
-            width, height = _picture_size(files["image"])
+            width, height = picture_size(files["image"])
             drawn = np.zeros((height, width), np.uint8)
         return torch.from_numpy(drawn)
 
@@ -205,13 +179,15 @@ class PascalContext(DatasetSpec):
         valid = np.isin(ids, list(WITH_NORMALS))
         vectors = 2.0 * colors.astype(np.float32) / 255.0 - 1.0
         normals = torch.from_numpy(np.where(valid[..., None], vectors, np.float32(0)))
-        width, height = _picture_size(files["image"])
+        width, height = picture_size(files["image"])
         if ids.shape == (height, width):
             return normals
         return plain(stretch(VectorMap(normals.permute(2, 0, 1)), (height, width))).permute(1, 2, 0)
 
     def _edge(self, files: Mapping[str, Path]) -> Tensor:
-        return torch.from_numpy(boundaries(_context(files["context"])).astype(np.uint8))
+        ids = _context(files["context"])
+        lines = boundaries(ids) if self.edges == "laplacian" else thin(contours(ids))
+        return torch.from_numpy(lines.astype(np.uint8))
 
 
 def boundaries(ids: np.ndarray) -> np.ndarray:
@@ -221,68 +197,20 @@ def boundaries(ids: np.ndarray) -> np.ndarray:
     return thin(around != 4 * padded[1:-1, 1:-1])
 
 
-# --- file kinds ------------------------------------------------------------------------------------
-
-
-def read_picture(path: Path, *modes: str) -> np.ndarray:
-    """Pixels as stored (a palette image yields indices); a grey photo becomes RGB where RGB is due.
-
-    Raises:
-        DataError: file missing, damaged, or of another mode.
-    """
-    try:
-        with Picture.open(path) as picture:
-            picture.load()
-            photo = modes == ("RGB",) and picture.mode in ("L", "CMYK", "RGBA")
-            converted = picture.convert("RGB") if photo else picture
-            mode, pixels = converted.mode, np.array(converted)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"image cannot be read ({error})", where=str(path), hint="unpack it again") from None
-    if mode not in modes:
-        hint = "labels are stored as numbers, not as colors" if "P" in modes else None
-        raise DataError(
-            "image has an unexpected mode", where=str(path), got=mode, expected=" or ".join(modes), hint=hint
-        )
-    return pixels
-
-
-def _picture_size(path: Path) -> tuple[int, int]:
-    """Width and height."""
-    try:
-        with Picture.open(path) as picture:
-            return picture.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"image cannot be read ({error})", where=str(path), hint="unpack it again") from None
+# --- annotations ------------------------------------------------------------------------------------
 
 
 def _context(path: Path) -> np.ndarray:
-    ids: np.ndarray = _read_mat(path, "LabelMap")
+    ids: np.ndarray = read_mat(path, "LabelMap")
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.number):
         raise DataError("LabelMap is no map of ids", where=str(path), got=f"{ids.dtype} {ids.shape}")
     return ids
 
 
-def _read_mat(path: Path, key: str) -> Any:
-    try:
-        loadmat = importlib.import_module("scipy.io").loadmat
-    except ModuleNotFoundError:
-        raise MissingDependencyError(
-            "scipy is needed to read .mat files",
-            where="data.pascal_context",
-            hint="pip install polytask[data]",
-        ) from None
-    try:
-        return loadmat(path, variable_names=[key])[key]
-    except KeyError:
-        raise DataError(f"file has no entry {key}", where=str(path), hint="unpack it again") from None
-    except (OSError, ValueError, TypeError, EOFError, IndexError, NotImplementedError, zlib.error) as error:
-        raise DataError(f"file cannot be read ({error})", where=str(path), hint="unpack it again") from None
-
-
 def _parts(path: Path) -> Iterator[tuple[int, np.ndarray]]:
     """Part number and mask of every annotated part of every person, in the order of the file."""
     try:
-        objects = _read_mat(path, "anno")["objects"].item().flat
+        objects = read_mat(path, "anno")["objects"].item().flat
         for person in (found for found in objects if found["class_ind"].item() == _PERSON):
             for part in person["parts"].flat:  # none if it is an empty array
                 yield _PART_OF[part["part_name"].item()], part["mask"]

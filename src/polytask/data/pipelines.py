@@ -6,24 +6,36 @@ from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms.v2 import functional as kernels
 
 from polytask.config import Spec, register
-from polytask.data.maps import IGNORE, ClassMap, DenseMap, VectorMap, plain, spin, stretch, turn
+from polytask.data.maps import IGNORE, ClassMap, DenseMap, Mirror, VectorMap, plain, spin, stretch
+from polytask.data.windows import turn
 from polytask.types import Sample
 
 Size = tuple[int, int]
 Positive = Annotated[float, Field(gt=0.0)]
 
 
+def _ordered(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise ValueError("the lower factor comes first")
+    return span
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+
+
 class Pipeline(Spec):
     """Base of the transform recipes.
 
-    Samples come in with ``image`` as a tv_tensor ``Image`` (uint8 ``[3, H, W]``) and every dense task as
-    a map of ``polytask.data.maps``; they leave with the image normalized. All randomness is drawn from
-    torch's global generator, which the data layer seeds per sample.
+    Samples come in with ``image`` as a tv_tensor ``Image`` (``[3, H, W]`` in 0..255; uint8, or float32
+    where a dataset stores fractions) and every dense task as a map of ``polytask.data.maps``; they leave
+    with the image normalized. All randomness is drawn from torch's global generator, which the data layer
+    seeds per sample.
     """
 
     type: str
@@ -36,19 +48,27 @@ class Pipeline(Spec):
     def train(self, sample: Sample, size: Size) -> Sample:
         """Augment, bring to ``size`` (H, W), normalize."""
 
-    @abstractmethod
     def evaluate(self, sample: Sample, size: Size) -> Sample:
-        """Bring to ``size`` (H, W), normalize; nothing random."""
+        """Bring to ``size`` (H, W), normalize; nothing random. Stretches unless a pipeline does otherwise."""
+        moved = geometry(sample).items()
+        fitted = {k: v if v.shape[-2:] == size else stretch(v, size, smooth=True) for k, v in moved}
+        return self.finish({**sample, **fitted})
 
     def finish(self, sample: Sample) -> Sample:
-        """Mark empty maps as ignored and turn the image of 0..255 into normalized float32."""
+        """Mark empty maps as ignored and turn the image of 0..255 into normalized float32, or a target."""
         finished = {name: _mark_empty(value) for name, value in sample.items()}
-        return {**finished, "image": self.normalize(finished["image"])}
+        image = sample["image"]
+        mirrors = {name: Mirror(image) for name, value in sample.items() if isinstance(value, Mirror)}
+        return {**finished, **mirrors, "image": self.normalize(image)}
 
     def normalize(self, image: Tensor) -> Tensor:
         """``[3, H, W]`` in 0..255 to float32 with the pipeline's mean and standard deviation removed."""
         mean, std = (torch.tensor(three)[:, None, None] for three in (self.mean, self.std))
-        return (plain(image).float() / 255 - mean) / std
+        return torch.mul(plain(image), 1 / (255 * std)).sub_(mean / std)
+
+    def restore(self, maps: Tensor, photo: Size) -> Tensor:
+        """Maps ``[B, C, H, W]`` of a photo that went through ``evaluate``, as large as the photo was."""
+        return functional.interpolate(maps.float(), photo, mode="bilinear", align_corners=False)
 
     def denormalize(self, image: Tensor) -> Tensor:
         """Back from ``normalize`` to uint8 ``[..., 3, H, W]``, for pictures."""
@@ -62,7 +82,7 @@ def _mark_empty(value: Any) -> Any:
     """A class map that must not be empty, and is, becomes wholly ignored."""
     if isinstance(value, ClassMap) and value.empty_is_ignored:
         sheet = plain(value)
-        if not ((sheet != 0) & (sheet != IGNORE)).any():
+        if (sheet + 1).max() <= 1:  # in bytes, 255 + 1 is 0
             return value.wrap(torch.full_like(sheet, IGNORE), value)
     return value
 
@@ -97,11 +117,6 @@ class Plain(Pipeline):
             sample = {**sample, **{k: kernels.horizontal_flip(v) for k, v in geometry(sample).items()}}
         return self.evaluate(sample, size)
 
-    def evaluate(self, sample: Sample, size: Size) -> Sample:
-        """Stretch, normalize."""
-        fitted = {k: v if v.shape[-2:] == size else stretch(v, size) for k, v in geometry(sample).items()}
-        return self.finish({**sample, **fitted})
-
 
 @register("pipeline")
 class Astmt(Pipeline):
@@ -115,8 +130,8 @@ class Astmt(Pipeline):
     type: Literal["astmt"] = "astmt"
     flip: float = Field(default=0.5, ge=0.0, le=1.0, description="probability of a horizontal flip")
     rotate: float = Field(default=20.0, ge=0.0, le=180.0, description="largest rotation, degrees")
-    scale: tuple[float, float] = Field(default=(0.75, 1.25), description="range of the zoom")
-    scales: tuple[float, ...] = Field(default=(), description="choices of the zoom, in place of `scale`")
+    scale: Range = Field(default=(0.75, 1.25), description="range of the zoom")
+    scales: tuple[Positive, ...] = Field(default=(), description="choices of the zoom, in place of `scale`")
     border: Literal["ignore", "zero"] = Field(
         default="ignore", description="class outside the photo: 255 or 0"
     )
@@ -130,18 +145,11 @@ class Astmt(Pipeline):
     EYE: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """No rotation, no zoom."""
 
-    @model_validator(mode="after")
-    def _check_zoom(self) -> Astmt:
-        low, high = self.scale
-        if not 0 < low <= high or any(choice <= 0 for choice in self.scales):
-            raise ValueError("zoom factors must be positive, the lower one first")
-        return self
-
     def train(self, sample: Sample, size: Size) -> Sample:
         """Flip, rotate and zoom about the center, stretch, mark, normalize."""
         mirrored, degrees, zoom = chance(self.flip), uniform(-self.rotate, self.rotate), self._zoom()
-        moved = {k: self._move(v, mirrored, degrees, zoom) for k, v in geometry(sample).items()}
-        return self.evaluate({**sample, **moved}, size)
+        fitted = {k: self._move(v, mirrored, degrees, zoom, size) for k, v in geometry(sample).items()}
+        return self.finish({**sample, **fitted})
 
     def evaluate(self, sample: Sample, size: Size) -> Sample:
         """Stretch, mark, normalize."""
@@ -154,12 +162,14 @@ class Astmt(Pipeline):
             return self.scales[int(torch.randint(len(self.scales), ()))]
         return uniform(*self.scale)
 
-    def _move(self, value: Any, mirrored: bool, degrees: float, zoom: float) -> Any:
+    def _move(self, value: Any, mirrored: bool, degrees: float, zoom: float, size: Size) -> Any:
+        corner = self.nearest == "corner"
         if mirrored:
             value = kernels.horizontal_flip(value)
         if (degrees, zoom) == self.EYE:
-            return value
-        moved = turn(value, degrees, zoom, border=0 if self.border == "zero" else IGNORE)
+            return stretch(value, size, corner=corner)
+        border = 0 if self.border == "zero" else IGNORE
+        moved = turn(value, degrees, zoom, size, border=border, corner=corner)
         if isinstance(moved, VectorMap) and self.normal_rotation != "off":
             sign = 1 if self.normal_rotation == "geometric" else -1
             moved = moved.wrap(spin(plain(moved), sign * degrees), moved)

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -25,10 +24,12 @@ from torch import Tensor
 
 from polytask.config import Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
+from polytask.data.cache import home
 from polytask.data.maps import unit
 from polytask.data.pipelines import Pipeline, Plain
 from polytask.data.scenes import ATTRIBUTES, CLASSES, PARTS, SCENES, VERSION, render
 from polytask.errors import ConfigError, DataError, PolytaskWarning
+from polytask.files import locked
 from polytask.progress import track
 from polytask.tasks.attributes import Attributes
 from polytask.tasks.base import Task
@@ -173,7 +174,7 @@ class Rooms(DatasetSpec):
 
     def folder(self, split: str) -> Path:
         """Where the cache of a split is."""
-        root = self.cache or Path(os.environ.get("POLYTASK_CACHE") or "~/.cache/polytask")
+        root = self.cache or home()
         job = self.job(split)
         name = f"{split}-{job.images}-{job.height}x{job.width}"
         return root.expanduser() / f"rooms-v{VERSION}" / f"{self.preset}-{self.difficulty}" / name
@@ -249,7 +250,7 @@ def _fill(folder: Path, job: Job, split: str) -> None:
             hint='put what the script does under `if __name__ == "__main__":`',
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if folder.exists():  # another process was faster
             return
         draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -260,17 +261,6 @@ def _fill(folder: Path, job: Job, split: str) -> None:
             _publish(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lets processes of one machine wait for each other; without it they would do the work twice."""
-    with path.open("w") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _publish(draft: Path, folder: Path) -> None:

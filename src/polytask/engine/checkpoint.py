@@ -96,8 +96,15 @@ def save(
         _sync(temporary / file)
     temporary.rename(target)
     _link(folder, name, target.name)
+    sweep(run, name)
+
+
+def sweep(run: Path, name: str) -> None:
+    """Remove what ``checkpoints/<name>`` does not point to, such as the remains of a killed run."""
+    folder = run / "checkpoints"
+    kept = _linked(folder / name)
     for old in [*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*.tmp")]:
-        if old.name != target.name:
+        if old.name != kept:
             shutil.rmtree(old)
 
 

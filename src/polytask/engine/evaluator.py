@@ -9,7 +9,7 @@ import torch
 
 from polytask.errors import PolytaskError
 from polytask.model import MultiTaskModel
-from polytask.parallel import total
+from polytask.parallel import gather, total
 from polytask.progress import track
 from polytask.tasks.base import TaskSet
 from polytask.types import Sample, to_device
@@ -37,7 +37,7 @@ def evaluate(
         description: words before the progress bar.
     """
     device = next(model.parameters()).device
-    metrics = {name: task.metrics() for name, task in tasks.items()}
+    metrics = {name: task.accumulators() for name, task in tasks.items()}
     was_training = model.training
     model.eval()
     total_batches = len(batches) if isinstance(batches, Sized) else None
@@ -54,7 +54,7 @@ def evaluate(
     for name, accumulators in metrics.items():
         scores[name] = {}
         for metric in accumulators:
-            metric.reduce(lambda state: total(state.to(device)).cpu())
+            metric.reduce(lambda part: total(part.to(device)).cpu(), gather)
             scores[name] |= metric.compute()
     return scores
 

@@ -152,6 +152,8 @@ class Trainer:
 
     def _claim_folder(self) -> None:
         make_folder(self.run, "--output")
+        for name in ("last", "best"):
+            checkpoint.sweep(self.run, name)
         file, text = self.run / "recipe.yaml", dump_yaml(encode(self.recipe))
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             write_text(file, text)

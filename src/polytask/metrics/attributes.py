@@ -9,10 +9,10 @@ from polytask.metrics.base import Metric
 
 
 class AttributeF1(Metric):
-    """``F1`` and ``accuracy``, in percent, averaged over attributes; unknown targets (-1) do not count.
+    """``F1``, ``accuracy`` and ``error``, in percent, averaged over attributes; unknown (-1) does not count.
 
     F1 of one attribute is 2 TP / (2 TP + FP + FN) over the whole set, 0 without any positive (Liu et al.,
-    FAMO, NeurIPS 2023, as used for CelebA).
+    FAMO, NeurIPS 2023, as used for CelebA); the error is 100 - accuracy (Sener & Koltun, NeurIPS 2018).
     """
 
     def __init__(self, attributes: int) -> None:
@@ -30,9 +30,11 @@ class AttributeF1(Metric):
     def per_attribute(self) -> tuple[Tensor, Tensor]:
         """F1 and accuracy of each attribute as fractions, ``[K]``."""
         tp, fp, fn, tn = self.state["table"].double()
-        f1 = torch.where(tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn).clamp(min=1), 0.0)
-        return f1, (tp + tn) / (tp + fp + fn + tn)
+        known = tp + fp + fn + tn  # without any, both are NaN
+        f1 = 2 * tp / (2 * tp + fp + fn).clamp(min=1) + 0 / known
+        return f1, (tp + tn) / known
 
     def compute(self) -> dict[str, float]:
         f1, accuracy = self.per_attribute()
-        return {"F1": 100 * float(f1.mean()), "accuracy": 100 * float(accuracy.mean())}
+        right = 100 * float(accuracy.nanmean())
+        return {"F1": 100 * float(f1.nanmean()), "accuracy": right, "error": 100 - right}

@@ -38,6 +38,22 @@ def delta_m(
     return (100 if positive_is == "better" else -100) * sum(gains) / len(gains)
 
 
+def delta_m_per_task(
+    scores: Mapping[str, Mapping[str, float]],
+    baseline: Mapping[str, Mapping[str, float]],
+    lower_is_better: Mapping[str, Collection[str]],
+) -> float:
+    """Mean over tasks of ``delta_m`` over all metrics of the task, in percent; raises as ``delta_m``.
+
+    Positive is better; all arguments by task, then by metric. LibMTL (Lin & Zhang, JMLR 2023) reports this
+    mean as a fraction.
+    """
+    gains = [delta_m(own, baseline.get(t, {}), lower_is_better.get(t, ())) for t, own in scores.items()]
+    if not gains:
+        raise ConfigError("no scores to compare with the baseline", where="delta_m")
+    return sum(gains) / len(gains)
+
+
 def _check(
     scores: Mapping[str, float], baseline: Mapping[str, float], lower_is_better: Collection[str]
 ) -> None:

@@ -31,13 +31,14 @@ class DepthError(Metric):
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         true = target.reshape(prediction.shape)
         valid = (true > 0) & (true < (float("inf") if self.cap is None else self.cap))
-        p, g = (maps[valid].double().clamp(min=_TINY) for maps in (prediction, true))
-        error, log_error = (p - g).abs(), p.log() - g.log()
-        ratio = torch.maximum(p / g, g / p)
-        sums = (error**2, log_error**2, error, error / g, error**2 / g)
+        p, g = (maps.float().clamp(min=_TINY).where(valid, 1.0) for maps in (prediction, true))
+        error, ratio = (p - g).abs(), p / g
+        sums = (error**2, ratio.log() ** 2, error, error / g, error**2 / g)
+        larger = torch.maximum(ratio, g / p).where(valid, float("inf"))
+        near = [(larger < 1.25**k).sum() for k in (1, 2, 3)]
         return {
-            "sums": torch.stack([values.sum() for values in sums]),
-            "pixels": torch.stack([valid.sum(), *((ratio < 1.25**k).sum() for k in (1, 2, 3))]),
+            "sums": torch.stack([values.sum(dtype=torch.float64) for values in sums]),
+            "pixels": torch.stack([valid.sum(), *near]),
         }
 
     def compute(self) -> dict[str, float]:

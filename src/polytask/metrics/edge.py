@@ -37,7 +37,7 @@ class BoundaryF(Metric):
             _dilate(values)[edge], edge.new_zeros(int(edge.sum()), dtype=torch.long), 1, self.thresholds
         )
         return {
-            "predicted": passed(values[valid], near_edge[valid].long(), 2, self.thresholds),
+            "predicted": passed(values, near_edge.long().where(valid, 2), 2, self.thresholds),
             "true": found[0],
         }
 

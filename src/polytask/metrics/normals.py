@@ -14,66 +14,75 @@ def unit_vectors(vectors: Tensor, dim: int = 1) -> Tensor:
     return vectors / (torch.where(square > 0, square, 1.0).sqrt() + 1e-12)
 
 
-def angles(prediction: Tensor, target: Tensor, *, normalize_target: bool = True) -> Tensor:
-    """Angle between prediction and target at every valid pixel, degrees ``[n]``.
+def angles(
+    prediction: Tensor, target: Tensor, *, normalize_target: bool = True, sum_test: bool = False
+) -> Tensor:
+    """Angle between prediction and target, degrees ``[B, H, W]``; NaN where the target is invalid.
 
-    By 2 atan2(|p - g|, |p + g|), which stays accurate at 0 and 180 degrees; a zero prediction is 90 off.
+    By atan2(|p x g|, p . g), which stays accurate at 0 and 180 degrees; a zero prediction is 90 off.
 
     Args:
         prediction: ``[B, 3, H, W]``, any length.
         target: ``[B, 3, H, W]``, (0, 0, 0) = invalid.
         normalize_target: if off, a target shorter than 1 makes the angle larger (see ``AngularError``).
+        sum_test: a target is valid if its components do not add up to 0 (see ``AngularError``).
     """
-    valid = (target != 0).any(1)  # [B, H, W]
-    p = unit_vectors(prediction.movedim(1, 0)[:, valid].float(), dim=0)  # [3, n]
-    g = target.movedim(1, 0)[:, valid].float()
+    valid = target.sum(1) != 0 if sum_test else (target != 0).any(1)  # [B, H, W]
     if not normalize_target:
-        return torch.rad2deg(torch.acos((p * g).sum(0).clamp(-1, 1)))
-    g = unit_vectors(g, dim=0)
-    apart, along = (p - g).square().sum(0).sqrt(), (p + g).square().sum(0).sqrt()
-    return torch.rad2deg(2 * torch.atan2(apart, along))
+        cosine = (unit_vectors(prediction.float()) * target).sum(1)
+        return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).where(valid, float("nan"))
+    (x, y, z), (u, v, w) = prediction.float().unbind(1), target.float().unbind(1)  # [B, H, W] each
+    along = x * u + y * v + z * w
+    across = ((y * w - z * v) ** 2 + (z * u - x * w) ** 2 + (x * v - y * u) ** 2).sqrt()
+    theta = torch.atan2(across, along).masked_fill((across == 0) & (along == 0), torch.pi / 2)
+    return torch.rad2deg(theta).where(valid, float("nan"))
 
 
 class AngularError(Metric):
     """``mean``, ``median`` and ``rmse`` in degrees and ``within_11.25 / 22.5 / 30`` in percent of the pixels.
 
-    The median is read from a histogram that adds up over batches: it is exact to 0.005 degrees. What tables
-    of the ASTMT family call "rmse" is their mean error.
+    The median is read from a histogram that adds up over batches: it is exact to 0.005 degrees.
 
-    Args:
-        normalize_target: the early evaluators of the ASTMT family did not; for comparison with their numbers.
+    Args: for comparison with published numbers only
+        normalize_target: the early evaluators of the ASTMT family do not.
+        sum_test: those of the MTAN family lose the vectors whose components add up to 0.
+        rmse_as_published: what tables of the ASTMT family call "rmse" is the mean.
     """
 
     limits = (11.25, 22.5, 30.0)
     bins_per_degree = 100
 
-    def __init__(self, *, normalize_target: bool = True) -> None:
-        self.normalize_target = normalize_target
+    def __init__(
+        self, *, normalize_target: bool = True, sum_test: bool = False, rmse_as_published: bool = False
+    ) -> None:
+        self.normalize_target, self.sum_test = normalize_target, sum_test
+        self.rmse_as_published = rmse_as_published
         super().__init__()
 
     def zeros(self) -> dict[str, Tensor]:
         return {
             "sums": torch.zeros(2, dtype=torch.float64),
-            "within": torch.zeros(len(self.limits), dtype=torch.int64),
             "histogram": torch.zeros(180 * self.bins_per_degree, dtype=torch.int64),
         }
 
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        theta = angles(prediction, target, normalize_target=self.normalize_target)
-        wide, bins = theta.double(), 180 * self.bins_per_degree
+        modes = {"normalize_target": self.normalize_target, "sum_test": self.sum_test}
+        theta = angles(prediction, target, **modes)
+        unknown, bins = theta.isnan(), 180 * self.bins_per_degree
+        wide = theta.masked_fill(unknown, 0).double()
+        place = (wide * self.bins_per_degree).long().clamp(max=bins - 1).masked_fill(unknown, bins)
         return {
             "sums": torch.stack([wide.sum(), (wide * wide).sum()]),
-            "within": torch.stack([(theta < limit).sum() for limit in self.limits]),
-            "histogram": torch.bincount(
-                (wide * self.bins_per_degree).long().clamp(max=bins - 1), minlength=bins
-            ),
+            "histogram": torch.bincount(place.flatten(), minlength=bins + 1)[:bins],
         }
 
     def compute(self) -> dict[str, float]:
         pixels = self.state["histogram"].sum()
         mean, square = (self.state["sums"] / pixels).tolist()
-        within = (100 * self.state["within"].double() / pixels).tolist()
-        scores = {"mean": mean, "median": self._median(int(pixels)), "rmse": square**0.5}
+        below = [self.state["histogram"][: int(limit * self.bins_per_degree)].sum() for limit in self.limits]
+        within = [100 * float(count / pixels.double()) for count in below]
+        rmse = mean if self.rmse_as_published else square**0.5
+        scores = {"mean": mean, "median": self._median(int(pixels)), "rmse": rmse}
         return scores | {f"within_{limit:g}": share for limit, share in zip(self.limits, within, strict=True)}
 
     def _median(self, pixels: int) -> float:

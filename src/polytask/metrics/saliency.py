@@ -14,16 +14,16 @@ def passed(values: Tensor, groups: Tensor, size: int, thresholds: Tensor, *, str
     Exact: a value's bin is the number of thresholds it reaches, found by comparison.
 
     Args:
-        values: ``[n]``.
-        groups: group of each value, long ``[n]``.
+        values: of any shape.
+        groups: group of each value, long, of the same shape; ``size`` for values that do not count.
         size: number of groups.
         thresholds: ascending, ``[K]``.
         strict: test ``value > t`` instead of ``value >= t``.
     """
     bins = len(thresholds) + 1
-    reached = torch.bucketize(values, thresholds.to(values), right=not strict)
-    histogram = torch.bincount(groups * bins + reached, minlength=size * bins).view(size, bins)
-    return histogram.flip(1).cumsum(1).flip(1)
+    reached = torch.bucketize(values.contiguous(), thresholds.to(values), right=not strict)
+    histogram = torch.bincount((groups * bins + reached).flatten(), minlength=(size + 1) * bins)
+    return histogram.view(size + 1, bins)[:size].flip(1).cumsum(1).flip(1)
 
 
 def f_score(precision: Tensor, recall: Tensor, beta2: float = 1.0) -> Tensor:
@@ -32,20 +32,20 @@ def f_score(precision: Tensor, recall: Tensor, beta2: float = 1.0) -> Tensor:
 
 
 class MaxF(Metric):
-    """``maxF``: best F (beta² = 0.3) over the thresholds .05, .10 … .95, counts pooled over the set, percent.
+    """``maxF``: best F (beta² = 0.3) over evenly spaced thresholds, counts pooled over the set, percent.
 
-    Achanta et al., CVPR 2009, as the InvPT family of evaluators computes it; a pixel is salient if p >= t.
+    Achanta et al., CVPR 2009; a pixel is salient if p >= t.
 
     Args:
+        levels: number of thresholds: 19 (.05, .10 … .95) in the InvPT family of evaluators; 255 elsewhere.
         double_sigmoid: pass the probability through a second sigmoid, as most of those evaluators do by
             mistake; for comparison with published numbers.
     """
 
     beta2 = 0.3
-    thresholds = torch.arange(1, 20) / 20
 
-    def __init__(self, *, double_sigmoid: bool = False) -> None:
-        self.double_sigmoid = double_sigmoid
+    def __init__(self, levels: int = 19, *, double_sigmoid: bool = False) -> None:
+        self.double_sigmoid, self.thresholds = double_sigmoid, torch.arange(1, levels + 1) / (levels + 1)
         super().__init__()
 
     def zeros(self) -> dict[str, Tensor]:
@@ -53,11 +53,8 @@ class MaxF(Metric):
 
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         truth = target.reshape(prediction.shape)
-        valid = truth != IGNORE
-        values = prediction[valid].float()
-        if self.double_sigmoid:
-            values = values.sigmoid()
-        return {"passed": passed(values, (truth[valid] == 1).long(), 2, self.thresholds)}
+        values = prediction.float().sigmoid() if self.double_sigmoid else prediction.float()
+        return {"passed": passed(values, truth.masked_fill(truth == IGNORE, 2), 2, self.thresholds)}
 
     def compute(self) -> dict[str, float]:
         negatives, positives = self.state["passed"].double()
@@ -74,9 +71,17 @@ class SaliencyIoU(Metric):
     The saliency protocol of the ASTMT family of evaluators: thresholds .20, .25 … .90, a pixel is salient if
     p > t, IoU is 1 where truth and prediction are both empty, F1 comes from mean precision and mean recall.
     Images without any valid pixel are left out.
+
+    Args:
+        rowwise: take every row of pixels for an image, as those evaluators do by mistake at batch size 1
+            (AdaMTL); for comparison with published numbers.
     """
 
     thresholds = torch.linspace(0.2, 0.9, 15, dtype=torch.float64)
+
+    def __init__(self, *, rowwise: bool = False) -> None:
+        self.rowwise = rowwise
+        super().__init__()
 
     def zeros(self) -> dict[str, Tensor]:
         names = ("iou", "precision", "recall")
@@ -84,11 +89,12 @@ class SaliencyIoU(Metric):
         return {**sums, "images": torch.zeros((), dtype=torch.int64)}
 
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if self.rowwise:
+            prediction = prediction.flatten(0, 1)[:, None]  # [B H, 1, W]
         truth = target.reshape(prediction.shape)  # [B, H, W]
-        valid = truth != IGNORE
-        image = torch.arange(len(truth), device=truth.device).view(-1, 1, 1).expand_as(truth)
-        groups = 2 * image[valid] + (truth[valid] == 1)
-        above = passed(prediction[valid].float(), groups, 2 * len(truth), self.thresholds, strict=True)
+        valid, size = truth != IGNORE, 2 * len(truth)
+        groups = torch.arange(0, size, 2, device=truth.device).view(-1, 1, 1) + truth
+        above = passed(prediction.float(), groups.where(valid, size), size, self.thresholds, strict=True)
         seen = valid.flatten(1).any(1)
         negatives, positives = (
             above.view(-1, 2, above.shape[1])[seen].double().unbind(1)

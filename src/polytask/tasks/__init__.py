@@ -7,7 +7,9 @@ from polytask.tasks.base import Task, TaskSet
 from polytask.tasks.classification import Classification
 from polytask.tasks.depth import Depth
 from polytask.tasks.edge import Edge
+from polytask.tasks.embedding import Embedding
 from polytask.tasks.normals import Normals
+from polytask.tasks.reconstruction import Reconstruction
 from polytask.tasks.saliency import Saliency
 from polytask.tasks.segmentation import Segmentation
 
@@ -16,7 +18,9 @@ __all__ = [
     "Classification",
     "Depth",
     "Edge",
+    "Embedding",
     "Normals",
+    "Reconstruction",
     "Saliency",
     "Segmentation",
     "Task",

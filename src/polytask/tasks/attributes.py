@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class Attributes(Task):
             expected = f"{len(self.names)} values of 0, 1 or -1"
             raise DataError("image with unknown attribute values", got=values.tolist(), expected=expected)
         return values
+
+    def unknown(self, height: int, width: int) -> Tensor:  # noqa: ARG002 - not a map
+        return torch.full((len(self.names),), -1)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
         return attribute_bce(logits, target, total)

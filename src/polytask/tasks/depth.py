@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from polytask.data.maps import ValueMap
 from polytask.losses import masked_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.depth import DepthError
-from polytask.tasks.base import Task, identity
+from polytask.tasks.base import Task, finite, identity
 
 _VIRIDIS = np.array(
     [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64
@@ -41,7 +42,10 @@ class Depth(Task):
         return 1
 
     def encode(self, raw: Tensor) -> ValueMap:
-        return ValueMap(raw.float()[None])
+        return ValueMap(finite(raw)[None])
+
+    def unknown(self, height: int, width: int) -> Tensor:
+        return torch.zeros(height, width)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
         return masked_l1(logits, target, total)

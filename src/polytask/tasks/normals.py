@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from polytask.data.maps import VectorMap
 from polytask.losses import normals_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.normals import AngularError, unit_vectors
-from polytask.tasks.base import Task, identity
+from polytask.tasks.base import Task, finite, identity
 
 
 @register("task")
@@ -28,6 +29,10 @@ class Normals(Task):
         default=True, description="off: angles as the early published evaluators compute them"
     )
 
+    sum_test: bool = Field(
+        default=False, description="on: scores lose the vectors that the evaluators of the MTAN family lose"
+    )
+
     headline: ClassVar[str] = "mean"
     higher_is_better: ClassVar[bool] = False
 
@@ -36,7 +41,10 @@ class Normals(Task):
         return 3
 
     def encode(self, raw: Tensor) -> VectorMap:
-        return VectorMap(raw.float().permute(2, 0, 1).contiguous())
+        return VectorMap(finite(raw, 3).permute(2, 0, 1).contiguous())
+
+    def unknown(self, height: int, width: int) -> Tensor:
+        return torch.zeros(height, width, 3)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
         return normals_l1(logits, target, total)
@@ -45,7 +53,7 @@ class Normals(Task):
         return unit_vectors(logits.float())
 
     def metrics(self) -> tuple[Metric, ...]:
-        return (AngularError(normalize_target=self.normalize_target),)
+        return (AngularError(normalize_target=self.normalize_target, sum_test=self.sum_test),)
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Vectors ``[3, H, W]`` as colors (n + 1) / 2; invalid pixels are black."""

@@ -36,12 +36,12 @@ class BinaryTask(Task):
         return 1
 
     def encode(self, raw: Tensor) -> ClassMap:
-        unknown = (raw != 0) & (raw != 1) & (raw != IGNORE)
-        if unknown.any():
-            raise DataError(
-                "binary label map with another value", got=raw[unknown][0].item(), expected="0, 1 or 255"
-            )
-        return ClassMap(raw.long()[None])
+        if raw.is_floating_point() or not 0 <= raw.min() <= raw.max() <= 1:  # else nothing to look for
+            unknown = (raw != 0) & (raw != 1) & (raw != IGNORE)
+            if unknown.any():
+                got = raw[unknown][0].item()
+                raise DataError("binary label map with another value", got=got, expected="0, 1 or 255")
+        return ClassMap(raw[None])
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
         return balanced_bce(logits, target, total, positive_weight=self.balance)
@@ -68,6 +68,9 @@ class Saliency(BinaryTask):
     )
     double_sigmoid: bool = Field(default=False, description="maxF as most published evaluators compute it")
 
+    levels: int = Field(default=19, ge=1, description="thresholds of maxF; 255 in papers on saliency alone")
+    rowwise: bool = Field(default=False, description="mIoU per row of pixels, as AdaMTL's evaluator has it")
+
     headline: ClassVar[str] = "mIoU"
     higher_is_better: ClassVar[bool] = True
 
@@ -76,4 +79,4 @@ class Saliency(BinaryTask):
         return self.positive_weight
 
     def metrics(self) -> tuple[Metric, ...]:
-        return SaliencyIoU(), MaxF(double_sigmoid=self.double_sigmoid)
+        return SaliencyIoU(rowwise=self.rowwise), MaxF(self.levels, double_sigmoid=self.double_sigmoid)

@@ -67,11 +67,13 @@ class Segmentation(Task):
         return len(self.classes)
 
     def encode(self, raw: Tensor) -> ClassMap:
-        unknown = ((raw < 0) | (raw >= len(self.classes))) & (raw != IGNORE)
-        if unknown.any():
-            got, expected = int(raw[unknown][0]), f"0 to {len(self.classes) - 1}, or {IGNORE} where unlabeled"
-            raise DataError("label map with an unknown class id", got=got, expected=expected)
-        return ClassMap(raw.long()[None], empty_is_ignored=self.empty_is_ignored)
+        if not 0 <= raw.min() <= raw.max() < len(self.classes):  # else there is nothing to look for
+            unknown = ((raw < 0) | (raw >= len(self.classes))) & (raw != IGNORE)
+            if unknown.any():
+                expected = f"0 to {len(self.classes) - 1}, or {IGNORE} where unlabeled"
+                got = int(raw[unknown][0])
+                raise DataError("label map with an unknown class id", got=got, expected=expected)
+        return ClassMap(raw[None], empty_is_ignored=self.empty_is_ignored)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
         return cross_entropy(logits, target, total)

@@ -8,7 +8,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as kernels
 from torchvision.tv_tensors import Image
 
-from polytask.data.maps import ClassMap, DenseMap, ValueMap, VectorMap, plain, spin, stretch, turn, unit
+from polytask.data.maps import ClassMap, DenseMap, ValueMap, VectorMap, plain, spin, stretch, unit
+from polytask.data.windows import turn
 
 
 def radial(height: int = 33, width: int = 33) -> VectorMap:
@@ -38,7 +39,7 @@ def worst_angle(a: torch.Tensor, b: torch.Tensor, where: torch.Tensor) -> float:
 
 
 def test_constructors_set_dtype_and_leading_axis() -> None:
-    assert ClassMap(torch.zeros(4, 5, dtype=torch.uint8)).dtype == torch.int64
+    assert ClassMap(torch.zeros(4, 5, dtype=torch.int64)).dtype == torch.uint8
     assert ClassMap(torch.zeros(1, 4, 5)).shape == (1, 4, 5)
     assert ValueMap(torch.zeros(4, 5, dtype=torch.float16)).dtype == torch.float32
     assert VectorMap(torch.zeros(3, 4, 5)).shape == (3, 4, 5)
@@ -146,7 +147,8 @@ def test_stretching_is_cubic_for_images_and_never_leaves_their_range() -> None:
     expected = torch.nn.functional.interpolate(image[None].float(), (24, 40), mode="bicubic")[0]
     assert expected.min() < 0
     assert torch.equal(plain(big), expected.clamp(0, 255))
-    assert torch.equal(plain(stretch(image, (12, 16))), image.float())
+    assert torch.equal(plain(stretch(image, (12, 16))), plain(image))
+    assert stretch(image, (1, 2), smooth=True).float().std() < 40
 
 
 def test_nearest_by_centers_or_by_corners() -> None:
@@ -155,8 +157,8 @@ def test_nearest_by_centers_or_by_corners() -> None:
     assert plain(stretch(row, (1, 2), corner=True)).flatten().tolist() == [0, 2]
     for corner, mode in ((False, "nearest-exact"), (True, "nearest")):
         grid = torch.arange(35 * 27).reshape(35, 27)
-        expected = torch.nn.functional.interpolate(grid[None, None].double(), (64, 19), mode=mode)[0].long()
-        assert torch.equal(plain(stretch(ClassMap(grid), (64, 19), corner=corner)), expected)
+        expected = torch.nn.functional.interpolate(grid[None, None].float(), (64, 19), mode=mode)[0]
+        assert torch.equal(plain(stretch(ValueMap(grid), (64, 19), corner=corner)), expected)
 
 
 def test_invalid_vectors_do_not_bleed() -> None:
@@ -169,6 +171,23 @@ def test_invalid_vectors_do_not_bleed() -> None:
     turned = plain(turn(VectorMap(vectors), 0.0, 1.5))
     assert torch.all((turned[2] == 0) | (turned[2] - 1 < 1e-6))
     assert turned.min() >= 0
+
+
+@pytest.mark.parametrize(("degrees", "zoom"), [(0.0, 1.3), (13.0, 0.8), (-20.0, 1.0)])
+def test_turning_and_stretching_in_one_step(degrees: float, zoom: float) -> None:
+    """Labels by corners are those of two steps exactly; the rest differs by what one step blurs less."""
+    classes, size = (
+        ClassMap(torch.randint(0, 9, (33, 47), generator=torch.Generator().manual_seed(0))),
+        (50, 40),
+    )
+    two_steps = stretch(turn(classes, degrees, zoom), size, corner=True)
+    assert torch.equal(plain(turn(classes, degrees, zoom, size, corner=True)), plain(two_steps))
+    smooth, inner = radial(48, 48), torch.zeros(50, 40, dtype=torch.bool)
+    inner[10:40, 8:32] = True
+    assert (
+        worst_angle(turn(smooth, degrees, zoom, size), stretch(turn(smooth, degrees, zoom), size), inner)
+        < 2.5
+    )
 
 
 def test_partial_sizes_follow_torchvision() -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from polytask.config import decode
-from polytask.data import pascal_context
+from polytask.data import files
 from polytask.data.base import verify
 from polytask.data.pascal_context import PART_NAMES, WITH_NORMALS, PascalContext, boundaries
-from polytask.data.thinning import thin
+from polytask.data.thinning import contours, thin
 from polytask.errors import DataError, DatasetNotFoundError, MissingDependencyError
 from polytask.tasks.base import TaskSet
 from tests.data.pascal_mt import OUTDOORS, Photo, write_pascal_mt
@@ -51,6 +51,13 @@ def test_fields_are_what_was_written(written: Written) -> None:
             decoded = np.where(photo.trusted[..., None], 2 * (photo.normals / np.float32(255)) - 1, 0)
             assert np.allclose(spec.read(record, "normals"), decoded, atol=1e-6)
             assert np.array_equal(spec.read(record, "edge"), boundaries(photo.context))
+
+
+def test_edges_of_the_published_score(written: Written) -> None:
+    spec, photos = written
+    found = spec.model_copy(update={"edges": "contours"}).read(record_of(spec, "2008_000002"), "edge").numpy()
+    assert np.array_equal(found, thin(contours(photos["2008_000002"].context)))
+    assert not np.array_equal(found, spec.read(record_of(spec, "2008_000002"), "edge"))
 
 
 def test_labels_come_from_both_folders_and_voc_wins(written: Written) -> None:
@@ -122,6 +129,13 @@ def test_thinning_equals_the_reference() -> None:
     with np.load(Path(__file__).parent / "thinning.npz") as stored:
         mask, thinned = (np.unpackbits(stored[k])[: 192 * 256].reshape(192, 256) for k in ("mask", "thin"))
     assert np.array_equal(thin(mask), thinned)
+
+
+def test_masks_of_bits_are_thinned_alike() -> None:
+    masks = np.random.default_rng(0).random((30, 41, 70)) < np.linspace(0.1, 0.9, 70)
+    bits = np.packbits(np.pad(masks, ((0, 0), (0, 0), (0, 58))), axis=-1, bitorder="little").view("<u8")
+    found = np.unpackbits(thin(bits).view(np.uint8), axis=-1, count=70, bitorder="little")
+    assert all(np.array_equal(found[..., k], thin(masks[..., k])) for k in range(0, 70, 5))
 
 
 def test_thinning_a_bar_leaves_its_middle_line() -> None:
@@ -277,6 +291,6 @@ def test_without_scipy_it_says_what_to_install(written: Written, monkeypatch: py
             raise ModuleNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(pascal_context.importlib, "import_module", refuse)
-    with pytest.raises(MissingDependencyError, match=r"pip install polytask\[data\]"):
+    monkeypatch.setattr(files.importlib, "import_module", refuse)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'polytask\[data\]'"):
         spec.read(record_of(spec, "2008_000002"), "edge")

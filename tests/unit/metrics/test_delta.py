@@ -5,7 +5,7 @@ import math
 import pytest
 
 from polytask.errors import ConfigError, TaskMismatchError
-from polytask.metrics.delta import delta_m
+from polytask.metrics.delta import delta_m, delta_m_per_task
 
 BASE = {"semseg": 50.0, "depth": 0.5}
 
@@ -35,3 +35,13 @@ def test_missing_pieces() -> None:
         delta_m(BASE, BASE, {"dept"})
     with pytest.raises(ConfigError, match="no scores"):
         delta_m({}, BASE, ())
+
+
+def test_tasks_weigh_alike_whatever_number_of_metrics_they_have() -> None:
+    base = {"semseg": {"mIoU": 50.0, "accuracy": 80.0}, "depth": {"rmse": 0.5}}
+    scores = {"semseg": {"mIoU": 55.0, "accuracy": 80.0}, "depth": {"rmse": 0.6}}  # +10 %, 0, -20 %
+    assert delta_m_per_task(scores, base, {"depth": {"rmse"}}) == pytest.approx((5 - 20) / 2)
+    with pytest.raises(TaskMismatchError, match="no baseline for rmse"):
+        delta_m_per_task(scores, {"semseg": base["semseg"]}, {"depth": {"rmse"}})
+    with pytest.raises(ConfigError, match="no scores"):
+        delta_m_per_task({}, base, {})

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from polytask.tasks import Depth, Normals
+from polytask.errors import DataError
+from polytask.tasks import Depth, Normals, Task
 
 
 def test_normals_are_encoded_channels_first() -> None:
@@ -48,3 +49,14 @@ def test_max_depth_reaches_the_metric() -> None:
     (metric,) = Depth(max_depth=3.0).metrics()
     metric.update(torch.tensor([[[1.0, 9.0]]]), torch.tensor([[[[1.0, 5.0]]]]))
     assert metric.compute()["rmse"] == 0
+
+
+@pytest.mark.parametrize("task", [Depth(), Normals()])
+def test_maps_with_nan_or_of_another_shape_are_refused(task: Task) -> None:
+    shape = (4, 5, 3)[: 3 if task.channels == 3 else 2]
+    broken = torch.ones(shape)
+    broken[0, 0] = float("nan")
+    with pytest.raises(DataError, match=rf"map with {task.channels} values that are not finite"):
+        task.encode(broken)
+    with pytest.raises(DataError, match=r"unexpected shape, expected height x width.*, got \[4, 5, 2\]"):
+        task.encode(torch.ones(4, 5, 2))

@@ -1,0 +1,170 @@
+"""Decoded label maps in memory-mapped files, so that what is slow to read is read once.
+
+An entry holds what ``DatasetSpec.read`` returned. It counts as long as the dataset's code is the same and all
+files of the record have the size and time of modification they had (hashing them would mean to read them
+again). Real values are kept without loss, as places in a table of those that occur. Entries appear whole or
+not at all, so any number of processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import uuid
+import warnings
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from polytask.errors import ConfigError, DataError, PolytaskWarning
+from polytask.progress import track
+
+if TYPE_CHECKING:
+    from polytask.data.base import DatasetSpec, Record
+
+VERSION = 1  # of the format and of what readers share; raise it when the same files give other labels
+_IRRELEVANT = {"image_size", "pipeline", "batch_size", "eval_batch_size", "workers", "label_cache"}
+
+
+def home() -> Path:
+    """The folder for everything that is kept: ``$POLYTASK_CACHE``, else ``~/.cache/polytask``."""
+    return Path(os.environ.get("POLYTASK_CACHE") or "~/.cache/polytask").expanduser()
+
+
+def label_folder(spec: DatasetSpec) -> Path | None:
+    """Where labels read under these settings are kept; None if nowhere."""
+    if spec.label_cache == "never":
+        return None
+    root = home() if spec.label_cache == "auto" else Path(spec.label_cache).expanduser()
+    settings = spec.model_dump_json(exclude=_IRRELEVANT, serialize_as_any=True)
+    return root / f"labels-v{VERSION}" / f"{spec.type}-{_digest(settings)}"
+
+
+def read_cached(spec: DatasetSpec, record: Record, name: str) -> Tensor:
+    """What ``spec.read`` returns for a label map (integers as uint8 if they fit), kept if settings say so."""
+    folder = label_folder(spec)
+    if folder is None or (spec.label_cache == "auto" and not (name in spec.SLOW and folder.is_dir())):
+        return spec.read(record, name)
+    paths = sorted(map(str, record.files.values()))
+    try:
+        states = [(state.st_size, state.st_mtime_ns) for state in map(os.stat, paths)]
+    except OSError:  # perhaps of a file that this label does not need
+        return spec.read(record, name)
+    entry = f"{quote(record.id, safe='')[:150]}-{_digest(repr((paths, record.index)))}"
+    path, stamp = folder / name / entry, f"{_code(type(spec))} {states}"
+    kept = _load(path, stamp)
+    if kept is None:
+        kept = spec.read(record, name)
+        _keep(path, stamp, kept.numpy())
+    return kept
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+@lru_cache
+def _code(cls: type[DatasetSpec]) -> str:
+    """Hash of the module of a dataset; without a file, as in a notebook, another one in each process."""
+    try:
+        return _digest(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
+    except (OSError, TypeError):
+        return uuid.uuid4().hex
+
+
+# --- entries ---------------------------------------------------------------------------------------
+
+
+def _load(path: Path, stamp: str) -> Tensor | None:
+    try:
+        with safe_open(path, "np") as file:
+            facts, codes, table = file.metadata(), file.get_tensor("codes"), file.get_tensor("table")
+        if facts["stamp"] != stamp:
+            return None
+        if facts["sum"] != str(zlib.crc32(codes.data, zlib.crc32(table.data))):
+            raise ValueError("its check sum differs")
+        return torch.from_numpy(table.take(codes) if len(table) else codes)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        text = f"{path}: kept label is damaged ({error}) and will be made again"
+        warnings.warn(PolytaskWarning(text), stacklevel=2)
+        return None
+
+
+def _keep(path: Path, stamp: str, value: np.ndarray) -> None:
+    codes, table = _exact(np.ascontiguousarray(value))
+    facts = {"stamp": stamp, "sum": str(zlib.crc32(codes.data, zlib.crc32(table.data)))}
+    draft = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(save({"codes": codes, "table": table}, facts))
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        _warn_once(path.parent.parent, error.strerror or "")
+
+
+@lru_cache
+def _warn_once(folder: Path, reason: str) -> None:
+    text = f"{folder}: labels cannot be kept ({reason}), so they are decoded each time"
+    warnings.warn(PolytaskWarning(text), stacklevel=2)
+
+
+def _exact(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values as they are, small integers as bytes, or real values as places in a table of up to 65,536."""
+    if value.dtype.kind == "f":
+        table, codes = np.unique(value, return_inverse=True)
+        if len(table) <= 2**16:
+            return codes.reshape(value.shape).astype(np.uint8 if len(table) <= 2**8 else np.uint16), table
+    elif value.size and 0 <= value.min() <= value.max() <= 255:
+        value = value.astype(np.uint8)
+    return value, np.empty(0, np.float32)
+
+
+# --- filling ---------------------------------------------------------------------------------------
+
+
+def prepare(spec: DatasetSpec, splits: Sequence[str] | None = None, workers: int = 0) -> dict[str, Any]:
+    """Decode the slow labels of some splits (by default all) into the cache, in some more processes.
+
+    Returns folder, labels, counts per split and problems. Raises ConfigError if nothing is to be kept.
+    """
+    folder = label_folder(spec)
+    if folder is None:
+        raise ConfigError("no labels are kept", where=f"data.{spec.type}.label_cache", got="never")
+    dense = [name for name, task in spec.labels().items() if task.dense and not task.of_image]
+    names = [name for name in dense if spec.label_cache != "auto" or name in spec.SLOW]
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, problems = {}, list[str]()
+    for split in splits or spec.split_names():
+        spec.check_split(split)
+        records, decode = spec.records(split), partial(_decode, spec, names)
+        for record in records[:1]:  # what is wrong with all of them shows here
+            decode(record)
+        done = DataLoader[Any](records, None, num_workers=workers, collate_fn=decode)  # type: ignore[arg-type]
+        for found in track(done, f"decoding labels ({split})", len(records)):
+            problems += found
+        counts[split] = len(records)
+    return {"folder": str(folder), "labels": names, "counts": counts, "problems": problems}
+
+
+def _decode(spec: DatasetSpec, names: Sequence[str], record: Record) -> list[str]:
+    problems = []
+    for name in names:
+        try:
+            read_cached(spec, record, name)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
