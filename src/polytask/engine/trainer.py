@@ -143,8 +143,15 @@ class Trainer:
     def _open_data(self) -> Samples:
         """The evaluation samples; the training split is opened too, so that what is missing shows at once."""
         data, settings = self.recipe.data, self.recipe.run
-        data.open(settings.train_split, self.tasks, train=True)
+        seen = data.open(settings.train_split, self.tasks, train=True).records
         samples = data.open(settings.eval_split, self.tasks, train=False)
+        both = {record.id for record in seen} & {record.id for record in samples.records}
+        if both and settings.train_split != settings.eval_split:
+            warnings.warn(
+                f"{len(both)} of {len(samples)} samples of run.eval_split {settings.eval_split!r} are trained "
+                f"on too (run.train_split {settings.train_split!r}), so their scores flatter",
+                PolytaskWarning, stacklevel=2,
+            )  # fmt: skip
         if settings.max_eval_batches is None:
             return samples
         count = settings.max_eval_batches * data.eval_batch_size

@@ -342,3 +342,12 @@ def test_devices() -> None:
         choose_device("abacus")
     with pytest.raises(ConfigError, match="no such CUDA device"):
         choose_device("cuda:99")
+
+
+def test_training_on_what_is_evaluated_is_told(small: Make, tmp_path: Path) -> None:
+    recipe = small("data.pipeline=plain", "phases.0.steps=1")
+    original = type(recipe.data).records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(recipe.data), "records", lambda spec, _: original(spec, "val"))
+        with pytest.warns(PolytaskWarning, match="32 of 32 samples of run.eval_split 'val' are trained"):
+            Trainer(recipe, tmp_path / "run")
