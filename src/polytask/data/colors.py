@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,13 @@ def distort(image: Tensor) -> Tensor:
     if (saturation, turn) != (1.0, 0.0):
         image = shift(image, saturation, turn)
     return (image * (contrast if late else 1.0)).clamp_(0, 255)
+
+
+def in_unit_range(recolor: Callable[[Any], Any], image: Tensor) -> Any:
+    """What a torchvision transform makes of an image of 0..255, which it takes for 0..1 where it is float."""
+    if not image.is_floating_point():
+        return recolor(image)
+    return recolor(image / 255) * 255
 
 
 def shift(image: Tensor, saturation: float, turn: float) -> Tensor:

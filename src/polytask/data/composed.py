@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from polytask.config import Spec, register
+from polytask.data.maps import Image
 from polytask.data.pipelines import Pipeline, Size, geometry
 from polytask.errors import ConfigError
 from polytask.types import Sample
@@ -45,10 +46,15 @@ class Composed(Pipeline):
     def train(self, sample: Sample, size: Size) -> Sample:
         """Transform, stretch, normalize."""
         moved: Any = geometry(sample)
+        floats = moved["image"].is_floating_point()  # in 0..255; torchvision takes floats for 0..1
+        if floats:
+            moved["image"] = Image(moved["image"] / 255)
         for step in self.transforms:
             try:
                 moved = step.build()(moved)
             except (TypeError, ValueError, RuntimeError) as error:
                 what = f"transform {step.name} fails ({error})"
                 raise ConfigError(what, where="data.pipeline.transforms") from None
+        if floats:
+            moved["image"] = Image(moved["image"] * 255)
         return self.evaluate({**sample, **moved}, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from polytask.config import register
-from polytask.data.colors import distort
+from polytask.data.colors import distort, in_unit_range
 from polytask.data.maps import IGNORE, DenseMap, Image, plain
 from polytask.data.pipelines import Pipeline, Positive, Range, Size, chance, uniform
 from polytask.data.windows import Span, Window
@@ -111,7 +112,7 @@ class Multimae(Framed):
     max_share: float = 1.0
 
     FITTED: ClassVar[bool] = True
-    RECOLOR = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.5)
+    RECOLOR = partial(in_unit_range, v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.5))
 
 
 @register("pipeline")

@@ -148,8 +148,8 @@ class Trainer:
         both = {record.id for record in seen} & {record.id for record in samples.records}
         if both and settings.train_split != settings.eval_split:
             warnings.warn(
-                f"{len(both)} of {len(samples)} samples of run.eval_split {settings.eval_split!r} are trained "
-                f"on too (run.train_split {settings.train_split!r}), so their scores flatter",
+                f"{len(both)} of {len(samples)} samples of run.eval_split {settings.eval_split!r} are "
+                f"trained on too (run.train_split {settings.train_split!r}), so their scores flatter",
                 PolytaskWarning, stacklevel=2,
             )  # fmt: skip
         if settings.max_eval_batches is None:

@@ -15,7 +15,7 @@ from polytask.data.colors import distort, shift
 from polytask.data.composed import Composed
 from polytask.data.crops import Atrc, Mtan, Multimae
 from polytask.data.maps import ClassMap, ValueMap, VectorMap, plain, unit
-from polytask.data.pipelines import Plain
+from polytask.data.pipelines import Pipeline, Plain
 from polytask.data.windows import Span, Window
 from polytask.errors import ConfigError, ConfigErrors
 from polytask.types import Sample
@@ -284,3 +284,21 @@ def test_vectors_stay_of_unit_length() -> None:
     for pipeline in (Atrc(), Multimae(), Mtan()):
         found = length(pipeline.train(before, (40, 48))["normals"])
         assert torch.all((found - 1).abs().minimum(found) < 1e-5)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        Atrc(), Multimae(), Mtan(),
+        Composed(transforms=[{"name": "ColorJitter", "options": {"brightness": 0.2}}]),  # type: ignore[list-item]
+    ],
+    ids=lambda pipeline: pipeline.type,
+)  # fmt: skip
+def test_float_images_look_like_those_of_bytes(pipeline: Pipeline) -> None:
+    pixels = torch.randint(90, 160, (3, 24, 32), dtype=torch.uint8)
+    for seed in range(6):
+        shown = []
+        for image in (Image(pixels), Image(pixels.float())):
+            torch.manual_seed(seed)
+            shown.append(pipeline.train({"image": image}, (24, 32))["image"])
+        assert (shown[0] - shown[1]).abs().mean() < 0.05, seed  # bytes are cut off after each step
