@@ -6,6 +6,7 @@ that holds one of several registered specs, told apart by their ``type`` key.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
@@ -24,7 +25,7 @@ from pydantic_core import ErrorDetails, core_schema
 from polytask.errors import ConfigError, ConfigErrors, nearest
 from polytask.files import expand_name
 
-Location = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Location = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))]
 """A path in a recipe: ``~`` is the home, and it stays the same from whatever folder the run is read again."""
 
 

@@ -184,7 +184,7 @@ def _leaves(roots: Sequence[Tensor], ends: Collection[Any] = ()) -> tuple[Leaves
         seen.add(node)
         if node in ends:
             continue
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[id(leaf)] = leaf
         waiting += [following for following, _ in node.next_functions]
     return found, bool(seen & set(ends))

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from polytask.config import Slot, register
+from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.files import check_folders, read_picture, read_table
 from polytask.data.pipelines import Pipeline, Plain
@@ -44,7 +44,7 @@ class CelebA(DatasetSpec):
     """202,599 faces of 10,177 persons: attributes, identity (metric learning) and reconstruction."""
 
     type: Literal["celeba"] = "celeba"
-    root: Path = Field(description="the folder with Anno, Eval and Img, or with the lists and the images")
+    root: Location = Field(description="the folder with Anno, Eval and Img, or with the lists and the images")
     image_size: ImageSize = Field(default=(64, 64), description="height and width the model sees")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Plain()
     split_by: Literal["partition", "person"] = Field(

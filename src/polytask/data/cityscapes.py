@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from polytask.config import Slot, register
+from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.files import check_folders, read_picture
 from polytask.data.maps import IGNORE
@@ -47,7 +47,7 @@ class Cityscapes(DatasetSpec):
     """Street scenes: 2,975 to train on, 500 to validate, and 19,998 more with coarse labels."""
 
     type: Literal["cityscapes"] = "cityscapes"
-    root: Path = Field(description="the folder that holds leftImg8bit and gtFine or gtCoarse")
+    root: Location = Field(description="the folder that holds leftImg8bit and gtFine or gtCoarse")
     image_size: ImageSize = Field(default=(512, 1024), description="height and width the model sees")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Plain()
     annotation: Literal["fine", "coarse"] = Field(

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,9 @@ def read_array(path: Path, axes: Sequence[int]) -> np.ndarray:
     try:
         with path.open("rb") as file:
             array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
         raise DataError(f"array cannot be read ({error})", where=str(path), hint=_AGAIN) from None
-    if array.ndim not in axes or array.dtype.kind not in "biuf":
+    if array.ndim not in axes or array.dtype.kind not in "biuf" or not array.size:
         expected = f"numbers on {' or '.join(map(str, axes))} axes"
         raise DataError(
             "array of an unexpected kind",
@@ -126,7 +127,8 @@ def read_array(path: Path, axes: Sequence[int]) -> np.ndarray:
             got=f"{array.dtype} {array.shape}",
             expected=expected,
         )
-    return array
+    wide = np.int64 if array.dtype.kind == "u" and array.dtype.itemsize > 1 else array.dtype  # torch's types
+    return array.astype(np.dtype(wide).newbyteorder("="), copy=False)
 
 
 def scipy_io(path: Path) -> Any:

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from polytask import tasks as _tasks  # noqa: F401 - registers
-from polytask.config import Slot, Spec, register
+from polytask.config import Location, Slot, Spec, register
 from polytask.data.base import DatasetSpec, Record
 from polytask.data.files import check_folders, check_listed, picture_size, read_array, read_list, read_picture
 from polytask.data.maps import IGNORE
@@ -118,7 +118,7 @@ class Folder(DatasetSpec):
     """Own images and labels, without code: patterns of file names, and a task for each kind of label."""
 
     type: Literal["folder"] = "folder"
-    root: Path = Field(description="folder that all patterns start from")
+    root: Location = Field(description="folder that all patterns start from")
     splits: dict[str, str] = Field(min_length=1, description="pattern of images, or .txt list, per split")
     targets: dict[TaskName, Target] = Field(min_length=1, description="what there are labels for, by task")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Plain()

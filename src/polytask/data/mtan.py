@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from polytask.config import Slot, register
+from polytask.config import Location, Slot, register
 from polytask.data import cityscapes
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.crops import Mtan
@@ -34,7 +33,7 @@ _ARCHIVE = "download it by the link in the README of github.com/lorenmt/mtan and
 class MtanDataset(DatasetSpec):
     """Base of the two: ``<split>/<folder>/<number>.npy`` below the root."""
 
-    root: Path = Field(description="the folder that holds train and val")
+    root: Location = Field(description="the folder that holds train and val")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Mtan()
     batch_size: int = Field(default=8, ge=1, description="training samples per step, over all processes")
 

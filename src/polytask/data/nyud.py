@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from polytask.config import Slot, register
+from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.crops import Atrc
 from polytask.data.files import check_folders, check_listed, read_array, read_list, read_picture
@@ -47,7 +47,7 @@ class Nyud(DatasetSpec):
     """795 training and 654 validation photos of rooms with four tasks, and the video frames around them."""
 
     type: Literal["nyud"] = "nyud"
-    root: Path = Field(description="the folder NYUD_MT or NYUDv2")
+    root: Location = Field(description="the folder NYUD_MT or NYUDv2")
     image_size: ImageSize = Field(default=(448, 576), description="height and width the model sees")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Atrc()
     clip: int = Field(

@@ -202,7 +202,7 @@ def boundaries(ids: np.ndarray) -> np.ndarray:
 
 def _context(path: Path) -> np.ndarray:
     ids: np.ndarray = read_mat(path, "LabelMap")
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.number):
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.number):
         raise DataError("LabelMap is no map of ids", where=str(path), got=f"{ids.dtype} {ids.shape}")
     return ids
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from polytask.config import Slot, register
+from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.files import check_folders, check_listed, read_picture, read_table
 from polytask.data.maps import IGNORE
@@ -39,7 +38,7 @@ class Pets(DatasetSpec):
     """3,680 photos to train on and 3,669 to test on: trimaps, 37 breeds, cat or dog."""
 
     type: Literal["pets"] = "pets"
-    root: Path = Field(description="the folder that holds images and annotations")
+    root: Location = Field(description="the folder that holds images and annotations")
     image_size: ImageSize = Field(default=(224, 224), description="height and width the model sees")
     pipeline: Annotated[Pipeline, Slot("pipeline")] = Plain()
     border: Literal["class", "ignore"] = Field(
