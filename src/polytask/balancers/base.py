@@ -46,7 +46,7 @@ class Balancer(nn.Module):
         self.memory: dict[str, Tensor] = {}
         self.stats: dict[str, float] = {}
         self.gram: Any = None
-        self.partitions: dict[tuple[str, ...], Partition] = {}
+        self.partitions: dict[tuple[Any, ...], Partition] = {}
         self.seed, self.batches, self.looks_back = 0, 1, False
         self.nonfinite: Literal["stop", "skip"] = "stop"
 
@@ -79,7 +79,7 @@ class Balancer(nn.Module):
         self,
         losses: Mapping[str, Tensor],
         shared: nn.Module | Iterable[nn.Parameter] | None = None,
-        features: Tensor | Sequence[Tensor] = (),
+        features: Tensor | Sequence[Tensor] | Mapping[str, Tensor] = (),
         parts: Sequence[Mapping[str, Tensor]] = (),
         accumulate: bool = False,
     ) -> Outcome:
@@ -88,7 +88,7 @@ class Balancer(nn.Module):
         Args:
             losses: one scalar per task that is present, whose graphs have not been used yet.
             shared: a module or parameters; None: what at least two losses depend on. The graph is walked once
-                for each set of present tasks.
+                for each set of present tasks, and again when other parameters of ``shared`` train.
             features: the tensors where shared computation ends, for mode ``features``.
             parts: losses of further independent batches, for methods that need them.
             accumulate: only add up gradients; a later call without it balances them.

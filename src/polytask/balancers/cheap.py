@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from polytask.balancers import graph
 from polytask.balancers.jacobian import product
 from polytask.balancers.solvers import Array
 from polytask.errors import ConfigError
@@ -30,10 +31,7 @@ def of_parameters(losses: Sequence[Tensor], inputs: Sequence[nn.Parameter], sket
     Raises:
         ConfigError: sharded parameters.
     """
-    if any(isinstance(p, DTensor) for p in inputs):
-        what = "sharded parameters allow the modes exact, stale and features, without audit"
-        raise ConfigError(what, where="balancer.mode", hint="use run.parallel=replicated")
-    rows = []
+    rows, inputs = [], _whole(inputs)
     for loss in losses:
         found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
         flat = torch.cat([_or_zeros(g, p).reshape(-1) for g, p in zip(found, inputs, strict=True)])
@@ -45,9 +43,22 @@ def of_parameters(losses: Sequence[Tensor], inputs: Sequence[nn.Parameter], sket
     return product(matrix, matrix)
 
 
-def last_layer(shared: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The last matrix among the shared parameters, as they are registered."""
-    return [next((p for p in reversed(shared) if p.ndim > 1), shared[-1])]
+def last_layer(
+    losses: Mapping[str, Tensor], shared: Sequence[nn.Parameter], known: dict[Any, nn.Parameter]
+) -> list[nn.Parameter]:
+    """The last shared layer of these tasks; ``known`` keeps what was found: one walk each."""
+    key = (*losses, *map(id, shared))
+    if key not in known:
+        known[key] = graph.last_layer([*losses.values()], _whole(shared))
+    return [known[key]]
+
+
+def _whole(parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+    """The same; raises ConfigError for shards."""
+    if any(isinstance(p, DTensor) for p in parameters):
+        what = "sharded parameters allow the modes exact, stale and features, without audit"
+        raise ConfigError(what, where="balancer.mode", hint="use run.parallel=replicated")
+    return parameters
 
 
 @lru_cache(maxsize=1)

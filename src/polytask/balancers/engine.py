@@ -30,6 +30,7 @@ from polytask.balancers.weighting import (
     Scalarizer,
     State,
     Weighting,
+    figures,
     weigh,
 )
 from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning
@@ -73,6 +74,7 @@ class GradientBalancer(Balancer):
                 PolytaskWarning, stacklevel=3,
             )  # fmt: skip
         self._jacobians: list[Jacobian] = []
+        self._layers: dict[Any, nn.Parameter] = {}  # the last shared one of each set of tasks
         self._pending: dict[str, float] = {}  # losses of the tasks whose rows wait for more batches
 
     def epoch_end(self) -> None:
@@ -232,7 +234,7 @@ class GradientBalancer(Balancer):
         jacobian.exchange(n)
         gram = jacobian.gramian(n)
         finite = self._leave_out(step, jacobian, gram)
-        self._describe(gram, names)
+        self.gram, self.stats = gram, self.stats | figures(gram, names)
         problem = replace(step.problem, gram=gram, crossed=crossed)
         factors = self.spec.head_factors(problem, self._state())
         if isinstance(self.spec, Rowwise) and finite.any():
@@ -280,7 +282,8 @@ class GradientBalancer(Balancer):
         if self.mode == "features":
             gram, parts = cheap.at_features(losses, step.frontier, step.owned)
         else:
-            inputs = cheap.last_layer(step.shared) if self.mode == "last_layer" else step.shared
+            last = self.mode == "last_layer"
+            inputs = cheap.last_layer(step.losses, step.shared, self._layers) if last else step.shared
             gram, parts = cheap.of_parameters(losses, inputs, self.number), []
         problem = self._checked(gram, step)
         factors = self.spec.head_factors(problem, state)
@@ -291,7 +294,7 @@ class GradientBalancer(Balancer):
             cheap.scale(step.owned, factors)
         else:
             cheap.weighted(losses, step.owned, w, factors)
-        self._describe(problem.gram, list(step.losses))
+        self.gram, self.stats = problem.gram, self.stats | figures(problem.gram, list(step.losses))
         if exact is not None:
             self._audit(exact, w, state)
         return w
@@ -313,18 +316,6 @@ class GradientBalancer(Balancer):
         v, gram = weigh(self.spec, exact, state)[0][exact.rows], exact.gram
         size = np.sqrt(max(float(w @ gram @ w) * float(v @ gram @ v), np.finfo(float).tiny))
         self.stats["agreement"] = float(w @ gram @ v) / size
-
-    def _describe(self, gram: Array, names: list[str]) -> None:
-        """Cosines, conflicts and norms of the step, for the log."""
-        self.gram, norms = gram, np.sqrt(np.diag(gram))
-        cosines = gram / np.maximum(np.outer(norms, norms), np.finfo(float).tiny)
-        pairs = [(i, j) for i in range(len(names)) for j in range(i)]
-        if len(names) <= 8:
-            self.stats |= {f"cos/{names[j]}~{names[i]}": float(cosines[i, j]) for i, j in pairs}
-        self.stats |= {
-            "conflict": float(np.mean([cosines[pair] < 0 for pair in pairs])) if pairs else 0.0,
-            "norm_ratio": float(norms.max() / max(norms.min(), np.finfo(float).tiny)),
-        }
 
 
 def _not_finite(task: str) -> NonFiniteLossError:

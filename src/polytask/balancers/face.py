@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from polytask.balancers.base import Balancer, BalancerSpec
+from polytask.balancers.graph import Leaves, leaves
 from polytask.balancers.solvers import Array
 from polytask.balancers.weighting import find
 from polytask.config import decode
@@ -22,9 +23,6 @@ from polytask.parallel import total
 from polytask.tasks.base import TaskSet
 from polytask.tasks.depth import Depth
 from polytask.types import Partition
-
-Leaves = dict[int, nn.Parameter]
-"""Tensors that train, by identity."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,17 @@ def step(
     balancer: Balancer,
     losses: Mapping[str, Tensor],
     shared: nn.Module | Iterable[nn.Parameter] | None = None,
-    features: Tensor | Sequence[Tensor] = (),
+    features: Tensor | Sequence[Tensor] | Mapping[str, Tensor] = (),
     parts: Sequence[Mapping[str, Tensor]] = (),
     accumulate: bool = False,
 ) -> Outcome:
     """See ``Balancer.step``."""
-    values = _checked(balancer, losses)
+    values = _checked(balancer, losses, parts)
     losses = {name: loss for name, loss in losses.items() if np.isfinite(values[name])}
-    ends = [features] if isinstance(features, Tensor) else list(features)
-    key = tuple(losses)
+    given, ends = _given(shared), _ends(features)
+    key = (*losses, *(id(p) for p in (given or {}).values() if p.requires_grad))
     if key not in balancer.partitions:
-        balancer.partitions[key] = partition_of(losses, shared, ends)
+        balancer.partitions[key] = partition_of(losses, given, ends)
     known = balancer.partitions[key]
     partition = Partition({n: p for n, p in known.shared.items() if p.requires_grad}, known.per_task, {})
     if accumulate:
@@ -100,91 +98,120 @@ def step(
     return Outcome(weights, values, dict(balancer.stats), balancer.gram)
 
 
-def _checked(balancer: Balancer, losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """Global values of the losses.
+def _checked(
+    balancer: Balancer, losses: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """Global values of the losses; not finite where one of the other ``parts`` is not.
 
     Raises:
         ConfigError: an unknown task, or a loss that is no scalar or does not depend on what trains.
         NonFiniteLossError: a value that may not be.
     """
-    for name, loss in losses.items():
-        if name not in balancer.tasks:
-            hint = did_you_mean(name, balancer.tasks)
-            raise ConfigError(f"unknown task {name!r}", where="losses", hint=hint)
-        if loss.numel() != 1 or not loss.requires_grad:
-            what = f"the loss of task {name!r} does not depend on parameters that train"
-            what = what if loss.numel() == 1 else f"the loss of task {name!r} is no scalar"
-            raise ConfigError(what, where="losses", got=f"shape {list(loss.shape)}")
-    found = total(torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]))
-    values = dict(zip(losses, found.tolist(), strict=True))
+    values = _values(balancer, losses, "losses")
+    for k, part in enumerate(parts):
+        more = _values(balancer, part, f"parts[{k}]").items()
+        values |= {name: x for name, x in more if name in values and not np.isfinite(x)}
     if not balancer.tolerates(values):
         task, value = next((t, v) for t, v in values.items() if not np.isfinite(v))
         raise NonFiniteLossError(f"the loss of task {task!r} is {value}", expected="a finite loss")
     return values
 
 
+def _values(balancer: Balancer, losses: Any, where: str) -> dict[str, float]:
+    if not isinstance(losses, Mapping) or not losses:
+        got = "none" if isinstance(losses, Mapping) else type(losses).__name__
+        raise ConfigError("losses go by task", where=where, expected="{task: scalar, ...}", got=got)
+    for name, loss in losses.items():
+        what = f"the loss of task {name!r} does not depend on parameters that train"
+        if name not in balancer.tasks:
+            hint = did_you_mean(str(name), balancer.tasks)
+            raise ConfigError(f"unknown task {name!r}", where=where, hint=hint)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(f"the loss of task {name!r} is no scalar", where=where, got=got)
+        if not loss.requires_grad:
+            raise ConfigError(what, where=where)
+    found = total(torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]))
+    return dict(zip(losses, found.tolist(), strict=True))
+
+
+def _ends(features: Any) -> list[Tensor]:
+    """Features as a list; they may come as one tensor, some, or some by name."""
+    ends = [features] if isinstance(features, Tensor) else features
+    ends = list(ends.values()) if isinstance(ends, Mapping) else list(ends)
+    if wrong := [type(z).__name__ for z in ends if not isinstance(z, Tensor)]:
+        raise ConfigError("features are tensors", where="features", got=wrong[0])
+    return ends
+
+
+def _given(shared: Any) -> dict[str, nn.Parameter] | None:
+    """What the caller says is shared, by name if it is a module."""
+    if shared is None:
+        return None
+    if isinstance(shared, nn.Module):
+        return dict(shared.named_parameters())
+    parameters = list(shared) if isinstance(shared, Iterable) and not isinstance(shared, Tensor) else [shared]
+    if not parameters or not all(isinstance(p, Tensor) and p.is_leaf for p in parameters):
+        what, hint = "is a module or its parameters", "pass `trunk` or `trunk.parameters()`"
+        raise ConfigError(what, where="shared", got=type((parameters or [shared])[0]).__name__, hint=hint)
+    return {str(id(p)): p for p in parameters}
+
+
 def partition_of(
     losses: Mapping[str, Tensor],
-    shared: nn.Module | Iterable[nn.Parameter] | None = None,
+    shared: Mapping[str, nn.Parameter] | None = None,
     features: Sequence[Tensor] = (),
 ) -> Partition:
     """What the tasks share and what each owns, by a walk through the graph of the losses.
 
     Args:
         losses: one scalar per task.
-        shared: a module, parameters, or None for all that at least two losses depend on.
+        shared: parameters by name, or None for all that at least two losses depend on.
         features: tensors where shared computation ends; may be empty.
 
     Raises:
         ConfigError: a task that depends on nothing shared, or features that are not between the two.
     """
+    frozen = shared is not None and not any(p.requires_grad for p in shared.values())
+    features = [] if frozen else features  # then nothing is shared that trains
     ends = {get_gradient_edge(z).node for z in features if z.requires_grad}
     for k, z in enumerate(features):
-        if z.requires_grad and _leaves([z], ends - {get_gradient_edge(z).node})[1]:
+        if z.requires_grad and leaves([z], ends - {get_gradient_edge(z).node})[1]:
             what, hint = "depends on another one", "give the heads `z.view_as(z)` of each, and pass those"
             raise ConfigError(what, where=f"features[{k}]", hint=hint)
-    below = _leaves([z for z in features if z.requires_grad])[0]
-    found = {name: _leaves([loss], ends) for name, loss in losses.items()}
-    reached = [leaves for leaves, _ in found.values()]
-    times = Counter(i for leaves in reached for i in leaves)
-    several = {i: p for leaves in reached for i, p in leaves.items() if times[i] > 1}
-    common = _given(shared) if shared is not None else below if features else several
-    for name, (leaves, met) in found.items():
-        if features and not met:
+    below = leaves([z for z in features if z.requires_grad])[0]
+    found = {name: leaves([loss], ends) for name, loss in losses.items()}
+    times = Counter(i for reached, _ in found.values() for i in reached)
+    several = {i: p for reached, _ in found.values() for i, p in reached.items() if times[i] > 1}
+    names = {id(p): name for name, p in (shared or {}).items()}
+    given = {id(p): p for p in (shared or {}).values() if p.requires_grad}
+    common = given if shared is not None else below if features else several
+    _check(found, common, below, bool(features), frozen)
+    common = {i: p for i, p in common.items() if i in below or times[i]}
+    if apart := several.keys() - common.keys():
+        warnings.warn(
+            f"{len(apart)} parameters that several tasks depend on are not among the shared ones: they get "
+            "the plain sum of the gradients",
+            PolytaskWarning, stacklevel=4,
+        )  # fmt: skip
+    own = {
+        name: {str(i): p for i, p in reached.items() if i not in common and i not in several}
+        for name, (reached, _) in found.items()
+    }
+    return Partition({names.get(i, str(i)): p for i, p in common.items()}, own, {})
+
+
+def _check(
+    found: Mapping[str, tuple[Leaves, bool]], common: Leaves, below: Leaves, has_features: bool, frozen: bool
+) -> None:
+    """Raises ConfigError for what does not belong together."""
+    for name, (reached, met) in found.items():
+        if has_features and not met:
             raise ConfigError(f"the loss of task {name!r} does not depend on the features", where="features")
-        if not met and len(losses) > 1 and not leaves.keys() & common.keys():
+        if not met and not frozen and len(found) > 1 and not reached.keys() & common.keys():
             what = f"the loss of task {name!r} does not depend on any shared parameter"
             raise ConfigError(what, where="shared")
-    if features and not below.keys() & common.keys():
+    if has_features and not below.keys() & common.keys():
         raise ConfigError("the features are not a function of the shared parameters", where="features")
-    if features and any(leaves.keys() & common.keys() for leaves in reached):
+    if has_features and any(reached.keys() & common.keys() for reached, _ in found.values()):
         raise ConfigError("a loss depends on shared parameters past the features", where="features")
-    common = {i: p for i, p in common.items() if i in below or any(i in leaves for leaves in reached)}
-    own = {
-        name: {str(i): p for i, p in leaves.items() if i not in common and i not in several}
-        for name, (leaves, _) in found.items()
-    }
-    return Partition({str(i): p for i, p in common.items()}, own, {})
-
-
-def _given(shared: nn.Module | Iterable[nn.Parameter]) -> Leaves:
-    parameters = shared.parameters() if isinstance(shared, nn.Module) else shared
-    return {id(p): p for p in parameters if p.requires_grad}
-
-
-def _leaves(roots: Sequence[Tensor], ends: Collection[Any] = ()) -> tuple[Leaves, bool]:
-    """Leaves that tensors depend on without passing ``ends``, and whether they depend on one of ``ends``."""
-    found: Leaves = {}
-    seen: set[Any] = set()
-    waiting: list[Any] = [get_gradient_edge(root).node for root in roots]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in ends:
-            continue
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found[id(leaf)] = leaf
-        waiting += [following for following, _ in node.next_functions]
-    return found, bool(seen & set(ends))

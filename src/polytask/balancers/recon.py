@@ -63,12 +63,21 @@ class ConflictMeter(Balancer):
         Args:
             losses: one scalar per task that is present.
             model: or some of its parameters by name. Layers that only one task reaches do not count.
+
+        Raises:
+            ConfigError: parameters that are not named by layers.
         """
         steps = self.memory.get("steps", torch.zeros((), dtype=torch.int64))
         self.memory["steps"] = steps + 1
         if int(steps) % self.every:
             return
-        layers = _layers(dict(model.named_parameters()) if isinstance(model, nn.Module) else model)
+        model = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+        layers = _layers(model)
+        if not layers:
+            if any(p.requires_grad for p in model.values()):
+                what = "conflicts are counted by layer, and no shared parameter has one in its name"
+                raise ConfigError(what, where="balancer 'recon'", hint="pass a module that has layers")
+            return
         flat = [p for layer in layers.values() for p in layer]
         found = [
             torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True, materialize_grads=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -204,6 +204,22 @@ def weigh(spec: Method, problem: Problem, state: Mapping[str, Any]) -> tuple[Arr
         w = np.where(np.isnan(before), w, spec.smoothing * before + (1 - spec.smoothing) * w)
         alive.keep(new, "smooth", w)
     return alive.full(w), new
+
+
+def figures(gram: Array, names: Sequence[str]) -> dict[str, float]:
+    """Cosines, conflicts and norms of the gradients of a step, for the log.
+
+    Gradients that are zero have no part in ``norm_ratio``.
+    """
+    norms = np.sqrt(np.diag(gram))
+    cosines = gram / np.maximum(np.outer(norms, norms), np.finfo(float).tiny)
+    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+    shown = pairs if len(names) <= 8 else []
+    return {
+        **{f"cos/{names[j]}~{names[i]}": float(cosines[i, j]) for i, j in shown},
+        "conflict": float(np.mean([cosines[pair] < 0 for pair in pairs])) if pairs else 0.0,
+        "norm_ratio": float(norms.max() / norms[norms > 0].min()) if norms.any() else 1.0,
+    }
 
 
 def find(name: str, kind: type[Any]) -> type[Any]:

@@ -236,6 +236,25 @@ def test_last_layer(net: Net, x: Tensor) -> None:
     assert_heads(net, x, dict.fromkeys(NAMES, 1.0))
 
 
+def test_last_layer_is_one_that_all_tasks_reach(net: Net, x: Tensor) -> None:
+    """One head reads the last map, another one the map before it, as with a decoder of some tasks."""
+    early = PerTask({"b": nn.Linear(8, 1).double()})
+    for _ in range(2):
+        z = net.features(x)
+        losses = {"a": net.losses(z)["a"], "b": (early["b"](z[0]) - 1).square().mean()}
+        part = Partition({str(i): p for i, p in enumerate(net.trunk)}, {}, {})
+        b = make("gn")
+        weights = b.backward(losses, part, z)
+        r = torch.stack([torch.autograd.grad(y, [net.first.weight], retain_graph=True)[0].reshape(-1)
+                         for y in (net.losses(net.features(x))["a"],
+                                   (early["b"](net.features(x)[0]) - 1).square().mean())])  # fmt: skip
+        assert b.gram == pytest.approx((r @ r.T).numpy())
+        assert weights == {"a": 1.0, "b": 1.0}
+    apart = {"a": net.second(torch.ones(1, 8).double()).sum(), "b": net.first(x).sum()}
+    with pytest.raises(ConfigError, match="mode 'last_layer' needs a layer that all tasks depend on"):
+        make("gn").backward(apart, part)
+
+
 def test_sketch(net: Net, x: Tensor) -> None:
     j, exact = rows(net, x), rows(net, x) @ rows(net, x).T
     b = make("upgrad", mode="sketch:64")

@@ -104,6 +104,51 @@ def test_absent_tasks_and_parameters_that_freeze(loop: Loop) -> None:
     assert loop.gradients()[1] is None
 
 
+def test_what_is_shared_may_change(loop: Loop) -> None:
+    b = balancer("mgda", NAMES)
+    loop.trunk.requires_grad_(False)
+    assert b.step(loop.losses(), shared=loop.trunk).weights == {"depth": 1.0, "parts": 1.0}
+    assert b.step(loop.losses(), shared=loop.trunk, features=loop.trunk(loop.x)).weights["depth"] == 1.0
+    loop.trunk[0].bias.requires_grad_(True)
+    b.step(loop.losses(), shared=loop.trunk)
+    loop.trunk.requires_grad_(True)
+    loop.gradients()
+    weights = b.step(loop.losses(), shared=loop.trunk).weights
+    mixed = sum(weights[name] * loss for name, loss in loop.losses().items())
+    expected = torch.autograd.grad(mixed, list(loop.trunk.parameters()))  # type: ignore[arg-type]
+    for mine, other in zip(loop.gradients(), expected, strict=False):
+        assert mine is not None
+        torch.testing.assert_close(mine, other)
+
+
+def test_shared_parameters_that_are_not_named(loop: Loop) -> None:
+    neck = nn.Linear(8, 8)
+    with pytest.warns(PolytaskWarning, match="2 parameters that several tasks depend on are not among"):
+        balancer("mgda", NAMES).step(loop.losses(neck(loop.trunk(loop.x))), shared=loop.trunk)
+    assert neck.weight.grad is not None
+
+
+@pytest.mark.parametrize("way", ["module", "graph", "features"])
+def test_last_layer_is_the_last_however_it_is_found(loop: Loop, way: str) -> None:
+    loop.trunk.extend([nn.Linear(8, 8), nn.LayerNorm(8)])
+    z = loop.trunk(loop.x)
+    more: dict[str, Any] = {"module": {"shared": loop.trunk}, "graph": {}, "features": {"features": {"z": z}}}
+    outcome = balancer("gn", NAMES).step(loop.losses(z), **more[way])
+    losses = loop.losses().values()
+    rows = [torch.autograd.grad(y, [loop.trunk[2].weight], retain_graph=True)[0] for y in losses]  # type: ignore[list-item]
+    assert outcome.norms == pytest.approx([float(row.norm()) for row in rows])
+
+
+def test_conflicts_are_counted(loop: Loop) -> None:
+    b = balancer("recon", NAMES, method="cagrad")
+    b.step(loop.losses(), shared=loop.trunk)
+    assert list(b.conflicts().layers) == ["0"]  # type: ignore[operator]
+    sentence = "balancer 'recon': conflicts are counted by layer, and no shared parameter has one in its name"
+    refused(b, loop.losses(), sentence)
+    loop.trunk.requires_grad_(False)
+    b.step(loop.losses(), shared=loop.trunk)
+
+
 def test_looking_back(loop: Loop) -> None:
     b = balancer("famo", NAMES)
     optimizer = torch.optim.SGD(loop.parameters, lr=0.05)
@@ -151,6 +196,25 @@ def refused(b: Any, losses: dict[str, Tensor], sentence: str, **more: Any) -> No
     with pytest.raises((ConfigError, NonFiniteLossError), match=re.escape(sentence)) as caught:
         b.step(losses, **more)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_loss_no_feature_and_not_shared(loop: Loop) -> None:
+    b, losses = balancer("mgda", NAMES), loop.losses()
+    wrong: Any = [*losses.values()]
+    refused(b, wrong, "losses: losses go by task, expected {task: scalar, ...}, got 'list'")
+    refused(b, {}, "losses: losses go by task, expected {task: scalar, ...}, got 'none'")
+    wrong = {**losses, "parts": 1.0}
+    refused(b, wrong, "losses: the loss of task 'parts' is no scalar, got 'float'")
+    refused(b, losses, "features: features are tensors, got 'int'", features=[1])
+    for shared in (loop.trunk[0].weight, loop.trunk.named_parameters(), [loop.trunk(loop.x)], [], 3):
+        if shared is not loop.trunk[0].weight:
+            refused(b, losses, "shared: is a module or its parameters, got ", shared=shared)
+    sentence = "parts[1]: unknown task 'x'"
+    modo = balancer("modo", NAMES)
+    refused(modo, losses, sentence, parts=[loop.losses(), {"x": losses["depth"]}])
+    bad = [loop.losses(), {name: loss * float("inf") for name, loss in loop.losses().items()}]
+    refused(modo, losses, "the loss of task 'depth' is inf", parts=bad)
+    assert "w" not in modo.memory
 
 
 def test_what_does_not_belong_together(loop: Loop) -> None:
