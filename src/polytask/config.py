@@ -97,6 +97,11 @@ def full_name(slot: str, name: Any) -> Any:
     return _aliases.get(slot, {}).get(name, name) if isinstance(name, str) else name
 
 
+def aliases(slot: str) -> Mapping[str, str]:
+    """Other names of specs, and what they are registered under."""
+    return _aliases.get(slot, {})
+
+
 def registered(slot: str) -> Mapping[str, type[Spec]]:
     """Name to class of all specs that may stand in a slot."""
     return _registry.get(slot, {})

@@ -33,7 +33,7 @@ from polytask.balancers.weighting import (
     figures,
     weigh,
 )
-from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning
+from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning, did_you_mean
 from polytask.parallel import total
 from polytask.seeding import derive
 from polytask.types import Partition
@@ -105,6 +105,9 @@ class GradientBalancer(Balancer):
         return f"{self.spec.type}: {passes}{again} per step, {size / 1e6:.1f} MB of gradients and memory"
 
     def _problem(self, values: Mapping[str, float]) -> Problem:
+        if unknown := [name for name in values if name not in self.tasks]:
+            hint = did_you_mean(unknown[0], self.tasks)
+            raise ConfigError(f"unknown task {unknown[0]!r}", where="losses", hint=hint)
         rows = np.array([self.tasks.index(name) for name in values])
         step = int(self.memory.get("step", torch.zeros(())))
         losses, seed = np.array([*values.values()]), derive(self.seed, step)
@@ -233,7 +236,7 @@ class GradientBalancer(Balancer):
         jacobian = self._fill(0, step.losses, step.shared, names)
         jacobian.exchange(n)
         gram = jacobian.gramian(n)
-        finite = self._leave_out(step, jacobian, gram)
+        finite = self._leave_out(step, jacobian, gram, crossed)
         self.gram, self.stats = gram, self.stats | figures(gram, names)
         problem = replace(step.problem, gram=gram, crossed=crossed)
         factors = self.spec.head_factors(problem, self._state())
@@ -255,13 +258,14 @@ class GradientBalancer(Balancer):
         w[finite] = spec.direct(matrix, problem.only(finite), self.memory, jacobian.direction)
         return w
 
-    def _leave_out(self, step: _Step, jacobian: Jacobian, gram: Array) -> Any:
+    def _leave_out(self, step: _Step, jacobian: Jacobian, gram: Array, crossed: Array) -> Any:
         """Rows that are not finite become zero, if they may; which are finite, ``[n]``.
 
         Raises:
             NonFiniteLossError: they may not.
         """
         names, squares = [self.tasks[row] for row in step.problem.rows], np.diag(gram)
+        squares = squares + 0 * np.diag(crossed) if len(crossed) else squares  # their rows count, too
         finite = np.isfinite(squares)
         bad = np.flatnonzero(~finite)
         if not self.tolerates({f"{name}.gradient": x for name, x in zip(names, squares, strict=True)}):

@@ -66,6 +66,8 @@ def balancer(name: str, tasks: Iterable[str] | TaskSet, **settings: Any) -> Bala
         ConfigError: an unknown method or setting, or no task.
     """
     spec: BalancerSpec = decode(find(name, BalancerSpec), settings)
+    if isinstance(tasks, str):
+        raise ConfigError("tasks are a list of names", where="tasks", got=tasks, expected="such as ['depth']")
     if not isinstance(tasks, TaskSet):
         tasks = TaskSet({task: Depth() for task in tasks})  # any kind: balancers see names and weights
     if len(tasks) == 1:

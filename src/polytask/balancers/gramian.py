@@ -8,9 +8,12 @@ import numpy as np
 from pydantic import Field
 
 from polytask.balancers import solvers
+from polytask.balancers.base import Balancer
 from polytask.balancers.solvers import Array
-from polytask.balancers.weighting import MODES, GradientWeighting, Problem, State
+from polytask.balancers.weighting import MODES, GradientWeighting, Problem, State, check_names
 from polytask.config import register
+from polytask.errors import ConfigError
+from polytask.tasks.base import TaskSet
 
 
 @register("balancer")
@@ -100,6 +103,11 @@ class PIVRG(AlphaFair):
     bound: float = Field(default=2.0, gt=1.0, description="largest ratio of two priorities")
     min_temperature: float = Field(default=10.0, gt=0.0, description="of the softmax over gaps, percent")
 
+    def build(self, tasks: TaskSet) -> Balancer:
+        """Raises ConfigError for the gap of a task that is not there."""
+        check_names(self.gaps, tasks, "balancer.gaps")
+        return super().build(tasks)
+
     def solve(self, problem: Problem, state: State) -> Array:
         gaps: Any = np.array([self.gaps.get(name, 0.0) for name in problem.tasks])
         gaps = np.asarray(state.get("gaps", gaps))[problem.rows]
@@ -121,6 +129,9 @@ class PCGrad(GradientWeighting):
 
     def solve(self, problem: Problem, state: State) -> Array:  # noqa: ARG002
         if self.order == "expected":
+            if len(problem) > 5:
+                what, hint = "order 'expected' is for at most 5 tasks", "use random or fixed"
+                raise ConfigError(what, where="balancer.order", got=len(problem), hint=hint)
             return solvers.pcgrad_expected(problem.gram)
         return solvers.pcgrad(problem.gram, problem.orders(self.order))
 

@@ -10,9 +10,9 @@ from pydantic import Field, field_validator
 
 from polytask.balancers.base import Balancer
 from polytask.balancers.solvers import Array
-from polytask.balancers.weighting import Problem, Scalarizer, State
+from polytask.balancers.weighting import Problem, Scalarizer, State, check_names
 from polytask.config import register
-from polytask.errors import ConfigError, NonFiniteLossError, did_you_mean
+from polytask.errors import ConfigError, NonFiniteLossError
 from polytask.tasks.base import TaskSet
 
 
@@ -66,10 +66,7 @@ class FixedSpec(Scalarizer):
 
     def build(self, tasks: TaskSet) -> Balancer:
         """Raises ConfigError for a weight of a task that is not there."""
-        for name in self.weights:
-            if name not in tasks:
-                what, hint = f"{name!r} is not a task of this run", did_you_mean(name, tasks)
-                raise ConfigError(what, where="balancer.weights", hint=hint)
+        check_names(self.weights, tasks, "balancer.weights")
         own = {name: task.weight for name, task in tasks.items()}
         return super(FixedSpec, self.model_copy(update={"weights": own | self.weights})).build(tasks)
 
@@ -227,6 +224,14 @@ class FAMO(Scalarizer):
         return np.asarray(scaled / scaled.sum())
 
     def look_back(self, problem: Problem, state: State) -> None:
+        """Tasks that had no part in the step learn nothing.
+
+        Raises:
+            ConfigError: there was no step.
+        """
+        if "before" not in state:
+            raise ConfigError("looks back at a step, and there was none", where=f"balancer {self.type!r}")
+        problem = problem.only(state["before"][problem.rows] > 0)
         drop = np.log(state["before"][problem.rows]) - np.log(positive(problem, self.type))
         z = softmax(problem.mine(state, "logits", 0.0))
         problem.adam(state, "logits", z * (drop - z @ drop), self.lr, self.decay)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polytask.balancers.base import Balancer, BalancerSpec
 from polytask.balancers.solvers import Array
-from polytask.config import decode, full_name, registered
+from polytask.config import aliases, decode, full_name, registered
 from polytask.errors import ConfigError, did_you_mean
 from polytask.tasks.base import TaskSet
 
@@ -222,16 +222,28 @@ def figures(gram: Array, names: Sequence[str]) -> dict[str, float]:
     }
 
 
+def check_names(names: Iterable[str], tasks: Collection[str], where: str) -> None:
+    """Raises ConfigError for a name that is no task."""
+    for name in names:
+        if name not in tasks:
+            hint = did_you_mean(name, tasks)
+            raise ConfigError(f"{name!r} is not a task of this run", where=where, hint=hint)
+
+
 def find(name: str, kind: type[Any]) -> type[Any]:
     """The registered method of that name or alias.
 
     Raises:
-        ConfigError: there is none of that kind; names the nearest.
+        ConfigError: there is none, or it is of another kind; names the nearest.
     """
-    cls = registered("balancer").get(full_name("balancer", name))
-    if cls is None or not issubclass(cls, kind):
-        known = [n for n, c in registered("balancer").items() if issubclass(c, kind)]
-        raise ConfigError(f"no balancer {name!r} of this kind", hint=did_you_mean(name, known))
+    known = registered("balancer")
+    cls = known.get(full_name("balancer", name))
+    if cls is None:
+        hint = did_you_mean(str(name), [*known, *aliases("balancer")])
+        raise ConfigError(f"unknown balancer {name!r}", hint=hint)
+    if not issubclass(cls, kind):
+        what = f"balancer {name!r} needs the gradients themselves, a Gramian is not enough"
+        raise ConfigError(what, hint=f"use polytask.balancers.balancer({name!r}, tasks)")
     return cls
 
 
@@ -247,9 +259,13 @@ def weights(
 ) -> tuple[Array, State]:
     """The weights of a method for one Gramian, as a pure function in NumPy.
 
+    What methods learn between steps (``dwa`` and ``stch`` at the end of an epoch, ``famo`` after the update)
+    is not learned here.
+
     Args:
         name: a registered method that weights tasks, such as ``cagrad``.
-        gramian: ``J Jᵀ``, ``[T, T]``; for methods that see several batches also of ``J_1`` and ``J_2``.
+        gramian: ``J Jᵀ``, ``[T, T]``; for methods that see several batches also a pair of that and
+            ``J_1 J_2ᵀ``, ``[2, T, T]``.
         state: what the previous call returned; None at first.
         losses: values ``[T]``, for methods that look at them; ones if None.
         step: number of the step, from 1.
@@ -260,12 +276,35 @@ def weights(
         weights ``[T]`` and the state for the next call.
 
     Raises:
-        ConfigError: an unknown method or setting, or a Gramian that is none.
+        ConfigError: an unknown method or setting, a Gramian that is none, losses or a state of other tasks.
     """
     spec = decode(find(name, Weighting), settings)
-    gram = np.asarray(gramian, dtype=float)
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(gram).all():
-        raise ConfigError("not a Gramian", got=f"shape {gram.shape}", expected="finite numbers, [T, T]")
-    values = np.ones(len(gram)) if losses is None else np.asarray(losses, dtype=float)
+    grams = _numbers(gramian, "gramian", "finite numbers, [T, T]")
+    grams = grams if grams.ndim == 3 and len(grams) == 2 else grams[None]
+    gram, shape = grams[0], grams.shape[1:]
+    if len(shape) != 2 or shape[0] != shape[1] or not _is_gramian(gram):
+        raise ConfigError("not a Gramian", got=f"shape {shape}", expected="J @ J.T, [T, T]")
+    values = _numbers(np.ones(len(gram)) if losses is None else losses, "losses", "a finite number per task")
+    kept = {name: np.asarray(value) for name, value in (state or {}).items()}
+    sizes = {len(gram), 1} | {len(value) for value in kept.values() if value.ndim}
+    if values.shape != (len(gram),) or sizes != {len(gram), 1}:
+        got = f"{len(gram)} rows, losses {values.shape}, state of {sorted(sizes - {1})}"
+        raise ConfigError("Gramian, losses and state are of different tasks", got=got)
     tasks = tuple(str(i) for i in range(len(gram)))
-    return weigh(spec, Problem(values, np.arange(len(gram)), tasks, gram, gram, step, seed), state or {})
+    return weigh(spec, Problem(values, np.arange(len(gram)), tasks, gram, grams[-1], step, seed), kept)
+
+
+def _numbers(values: Any, what: str, expected: str) -> Array:
+    try:
+        array = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise ConfigError("is not numeric", where=what, expected=expected) from None
+    if not array.size or not np.isfinite(array).all():
+        raise ConfigError("is empty or not finite", where=what, expected=expected)
+    return array
+
+
+def _is_gramian(gram: Array) -> bool:
+    """Symmetric and positive semi-definite, up to rounding."""
+    slack = 1e-5 * np.abs(np.diag(gram)).max()
+    return bool(np.abs(gram - gram.T).max() <= slack and np.linalg.eigvalsh(gram)[0] >= -slack)

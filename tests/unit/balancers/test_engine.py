@@ -15,7 +15,7 @@ from polytask.balancers import balancer, weights
 from polytask.balancers.base import Balancer
 from polytask.balancers.engine import GradientBalancer
 from polytask.balancers.jacobian import product
-from polytask.errors import ConfigError, PolytaskWarning
+from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning
 from polytask.types import Partition, PerTask, partition
 from tests.helpers import TASKS, build, image, model_spec
 
@@ -295,7 +295,8 @@ def test_three_batches(net: Net, x: Tensor) -> None:
     parts = [net.losses(net.features(y)) for y in xs]
     w = b.backward(parts[0], net.partition(), (), parts[1:])
     third, one, two = (rows(net, y) for y in xs)
-    expected, _ = weights("modo", (one @ two.T).numpy(), gamma=0.5)
+    grams = [(left @ right.T).numpy() for left, right in ((third, third), (one, two))]
+    expected, _ = weights("modo", grams, gamma=0.5)
     assert [*w.values()] == pytest.approx(expected)
     torch.testing.assert_close(trunk(net), torch.tensor(expected) @ third)
     for name, head in net.heads.items():
@@ -303,6 +304,22 @@ def test_three_batches(net: Net, x: Tensor) -> None:
         torch.testing.assert_close(head.weight.grad, own)
     with pytest.raises(ConfigError, match="needs the losses of 3 independent batches, got 1"):
         b.backward(net.losses(net.features(x)), net.partition())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradient_of_another_batch_that_is_not_a_number(net: Net, x: Tensor, which: int) -> None:
+    parts = [net.losses(net.features(y)) for y in (x.flip(1), x * 0.5)]
+    parts[which]["b"] = parts[which]["b"] + (0 * net.first.weight.sum()).sqrt()  # infinite slope
+    b = make("sdmgrad")
+    with pytest.raises(NonFiniteLossError, match="the gradient of task 'b' is not finite"):
+        b.backward(net.losses(net.features(x)), net.partition(), (), parts)
+    net.zero_grad()
+    b, parts = make("sdmgrad", nonfinite="skip"), [net.losses(net.features(y)) for y in (x.flip(1), x * 0.5)]
+    parts[which]["b"] = parts[which]["b"] + (0 * net.first.weight.sum()).sqrt()
+    w = b.backward(net.losses(net.features(x)), net.partition(), (), parts)
+    assert w["b"] == 0 < w["a"]
+    assert torch.isfinite(trunk(net)).all()
+    assert torch.isfinite(b.memory["w"]).all()
 
 
 def test_draws_depend_on_seed_and_step(net: Net, x: Tensor) -> None:

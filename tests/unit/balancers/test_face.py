@@ -159,6 +159,14 @@ def test_looking_back(loop: Loop) -> None:
         with torch.no_grad():
             b.after_step(loop.losses())
     assert b.memory["logits"].abs().max() > 0
+    kept = {name: value.clone() for name, value in b.memory.items()}
+    b.step({"parts": loop.losses()["parts"]})
+    b.after_step(loop.losses())  # more tasks than took part in the step
+    assert torch.isfinite(b.memory["logits"]).all()
+    assert b.memory["logits"][0] == kept["logits"][0]
+    for other, sentence in ((b, "losses: unknown task 'x'"), (balancer("famo", NAMES), "there was none")):
+        with pytest.raises(ConfigError, match=sentence):
+            other.after_step({"x" if other is b else "parts": torch.ones(())})
     assert "one more forward pass" in b.cost()
 
 
@@ -170,9 +178,43 @@ def test_pure_function(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "gramian", "more", "sentence"),
+    [
+        (
+            "moco",
+            np.eye(2),
+            {},
+            "balancer 'moco' needs the gradients themselves, a Gramian is not enough",
+        ),
+        ("cagard", np.eye(2), {}, "unknown balancer 'cagard'; did you mean 'cagrad'?"),
+        ("cagrad", "x", {}, "gramian: is not numeric, expected finite numbers"),
+        ("cagrad", [[1], [1, 2]], {}, "gramian: is not numeric"),
+        ("cagrad", np.zeros((0, 0)), {}, "gramian: is empty or not finite"),
+        ("cagrad", np.ones((2, 3)), {}, "not a Gramian, expected J @ J.T, [T, T], got 'shape (2, 3)'"),
+        ("cagrad", [[1, 0.5], [-0.5, 1]], {}, "not a Gramian"),
+        ("cagrad", [[1, 5], [5, 1]], {}, "not a Gramian"),
+        ("uw", np.eye(2), {"losses": [1, float("nan")]}, "losses: is empty or not finite"),
+        ("uw", np.eye(2), {"losses": [1]}, "Gramian, losses and state are of different tasks, got '2 rows"),
+        ("uw", np.eye(2), {"state": {"s": np.zeros(3)}}, "Gramian, losses and state are of different tasks"),
+        ("pcgrad", np.eye(6), {"order": "expected"}, "order 'expected' is for at most 5 tasks, got 6; use"),
+    ],
+)
+def test_pure_function_refuses(name: str, gramian: Any, more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        weights(name, gramian, **more)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "settings", "sentence"),
     [
-        ("cagard", {}, "no balancer 'cagard' of this kind; did you mean 'cagrad'?"),
+        ("cagard", {}, "unknown balancer 'cagard'; did you mean 'cagrad'?"),
+        ("grad_norm", {}, "unknown balancer 'grad_norm'; did you mean 'gradnorm'?"),
+        (
+            "pivrg",
+            {"gaps": {"part": 1}},
+            "balancer.gaps: 'part' is not a task of this run; did you mean 'parts'?",
+        ),
         ("cagrad", {"rescal": 1}, "rescal: unknown key; did you mean 'rescale'? (cagrad takes"),
         ("cagrad", {"c": -1}, "c: input should be greater than or equal to 0, got -1"),
         ("cagrad", {"mode": "stale"}, "mode: string should match pattern"),
@@ -190,6 +232,8 @@ def test_one_task(loop: Loop) -> None:
     assert b.step({"depth": loop.losses()["depth"]}).weights == {"depth": 1.0}
     with pytest.raises(ConfigError, match="at least one task is needed"):
         balancer("nash", [])
+    with pytest.raises(ConfigError, match="tasks: tasks are a list of names, expected"):
+        balancer("nash", "depth")
 
 
 def refused(b: Any, losses: dict[str, Tensor], sentence: str, **more: Any) -> None:
