@@ -171,6 +171,17 @@ def test_fair(j: Any, alpha: float) -> None:
 
 
 @quick
+@given(st.sampled_from([2, 10, 40]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1, 2, 5]))
+def test_fair_with_many_tasks_that_conflict(n: int, seed: int, alpha: float) -> None:
+    generator = np.random.default_rng(seed)
+    j = generator.standard_normal((n, n + 3))
+    j -= 0.9 * j.mean(0)
+    j *= 10 ** generator.uniform(-2, 2, (n, 1))
+    w = solvers.alpha_fair(j @ j.T, alpha)
+    assert j @ j.T @ w == pytest.approx(w ** (-1 / alpha), rel=1e-6)
+
+
+@quick
 @given(jacobians())
 def test_equal_projections(j: Any) -> None:
     w = solve("imtl", j, variant="g", **NATIVE)

@@ -142,19 +142,33 @@ def alpha_fair(gram: Array, alpha: float, priority: Array | None = None) -> Arra
     unit = np.exp(np.log(kappa).mean())  # a common factor of z, restored at the end
     kappa = kappa / unit
     z = kappa ** (1 / (1 + power))
-    for _ in range(100):
+    size, largest = np.abs(cosines), 1e6 * z.max()
+    for _ in range(60):
         h = kappa * z**-power
         residual = h - cosines @ z
-        if np.abs(z * residual).max() < 1e-14 * (z * h).max() or z.max() > 1e6 * kappa.max():
+        rounding = 4 * np.finfo(float).eps * (size @ z)
+        if (np.abs(residual) <= 1e-11 * h + rounding).all() or z.max() > largest:
             break
-        step = np.linalg.solve(cosines + np.diag(power * h / z + 1e-15), residual)
-        decrement = np.sqrt(max(float(step @ residual), 0.0))
-        length = 1.0 if decrement**2 < 1 / 16 else 1 / (1 + decrement)
-        shrink = -step / z
-        if shrink.max() > 0:
-            length = min(length, 0.99 / float(shrink.max()))
-        z = z + length * step
+        step = np.linalg.solve(cosines + np.diag(power * h / z), residual)
+        z = z + _step_length(cosines, kappa, power, z, step) * step
     return np.asarray(s * z * unit ** (1 / (1 + power)))
+
+
+def _step_length(cosines: Array, kappa: Array, power: float, z: Array, step: Array) -> float:
+    """How far to follow a Newton step: 0.99 of the way to the border, halved until it helps (Armijo)."""
+
+    def value(z: Array) -> float:
+        gains = np.log(z) if power == 1 else z ** (1 - power) / (1 - power)
+        return float(z @ cosines @ z / 2 - kappa @ gains)
+
+    here = value(z)
+    length = min(1.0, 0.99 / max(float((-step / z).max()), 1e-300))
+    slope = float(step @ (kappa * z**-power - cosines @ z))
+    while slope > 1e-9 * abs(here) and value(z + length * step) > here - 1e-4 * length * slope:
+        length /= 2
+        if length < 1e-8:
+            break
+    return length
 
 
 def dual_cone(gram: Array, rows: Array) -> Array:
