@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polytask.balancers import weights
+from polytask.balancers.engine import GradientBalancer
 from polytask.balancers.gramian import MoDo, SDMGrad
 from polytask.balancers.rowwise import DBMTL, ExcessMTL, GradDrop, MoCo
 from polytask.balancers.scalar import FAMO, DynamicAverage
@@ -37,15 +38,21 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "Aligned_rmse": ("amtl", {"scale": "rmse"}),
     "PCGrad_mean_over_orders": ("pcgrad", {"order": "expected"}),
 }
-# where the libraries are right: (settings, factor, tolerance, cases left out)
 FAIR = {"max_norm": 0}
+ECOS = ("T2_P7_dup", "T2_P50_dup", "x1e-3", "x1e5", "zero_row")  # its tolerances are absolute
+# weights of 0.001 at least, 250 steps at most
+CLAMPED = ("T2_P7_ali", "T2_P50_ali", "T2_P7_dup", "T2_P50_dup", "T5", "zero_row")
+# where the libraries are right: (method, settings, tolerance, cases left out)
 LIBRARIES: dict[str, tuple[str, dict[str, Any], float, tuple[str, ...]]] = {
     "libmtl/EW": ("equal", {}, 1e-6, ()),
     "libmtl/GLS": ("geo", {}, 1e-6, ()),
     "libmtl/Aligned_MTL": ("amtl", {"reduction": "sum"}, 1e-4, SPECIAL),
     "libmtl/FairGrad": ("fairgrad", {"alpha": 1, **FAIR}, 1e-4, ("x1e-3",)),
     "libmtl/FairGrad@2": ("fairgrad", {"alpha": 2, **FAIR}, 1e-4, ("x1e-3",)),
-    "libmtl/Nash_MTL": ("nash", FAIR, 2e-3, ("duplicate", "x1e-3", "zero_row")),
+    "libmtl/Nash_MTL": ("nash", FAIR, 1e-4, ECOS),
+    "torchjd/NashMTL": ("nash", FAIR, 1e-4, ECOS),
+    "libmtl/MGDA@l2": ("mgda", {"normalize": "l2"}, 1e-4, ("T3_P50_conflict_im", "T5_P50_dup", "zero_row")),
+    "libmtl/MGDA@loss+": ("mgda", {"normalize": "loss+"}, 1e-4, CLAMPED),
     "libmtl/PCGrad": ("pcgrad", {}, 1e-5, ("T3", "T5")),  # their orders are random
     "libmtl/GradVac": ("gvac", {"beta": 0.5}, 1e-5, ("T3", "T5")),
     "torchjd/IMTLG": ("imtl", {"variant": "g"}, 1e-4, ()),
@@ -54,6 +61,8 @@ LIBRARIES: dict[str, tuple[str, dict[str, Any], float, tuple[str, ...]]] = {
     "torchjd/AlignedMTL@rmse": ("amtl", {"scale": "rmse"}, 1e-4, ("zero_row",)),
     "torchjd/FairGrad": ("fairgrad", {"alpha": 1, **FAIR}, 1e-4, ("x1e-3",)),
     "torchjd/FairGrad@2": ("fairgrad", {"alpha": 2, **FAIR}, 1e-4, ("x1e-3",)),
+    "torchjd/UPGrad": ("upgrad", {"legacy": True}, 1e-6, ("zero_row",)),
+    "torchjd/DualProj": ("dualproj", {"legacy": True}, 1e-6, ("zero_row",)),
     "torchjd/CAGrad": ("cagrad", {"c": 0.5, "rescale": 0}, 1e-4, ("x1e-3", "zero_row")),
     "torchjd/PCGrad": ("pcgrad", {}, 1e-6, ("T3", "T5")),
     "torchjd/GradVac": ("gvac", {"beta": 0.5}, 1e-6, ("T3", "T5")),
@@ -84,15 +93,28 @@ def regular(case: str) -> bool:
     return not any(word in case for word in SPECIAL)
 
 
+UNIQUE = ("CAGrad", "Aligned", "PCGrad")
+"""References that have an answer in special cases too."""
+
+
 @pytest.mark.parametrize("reference", EXACT)
 def test_exact(reference: str) -> None:
-    checked = 0
-    for case in filter(regular, CASES):
-        key = f"{case}/{'ref_drop' if 'zero_row' in case else 'ref'}/{reference}/d"
-        if key in INDEX and rows(case) > 1:
-            assert distance(direction(case, *EXACT[reference]), array(key)) < 1e-6, case
-            checked += 1
-    assert checked >= 20
+    checked = set()
+    for case in CASES:
+        for kind in ("ref", "ref_drop"):  # the latter without the zero row
+            key = f"{case}/{kind}/{reference}/d"
+            if key in INDEX and rows(case) > 1 and (regular(case) or reference.startswith(UNIQUE)):
+                assert distance(direction(case, *EXACT[reference]), array(key)) < 1e-6, case
+                checked.add(case)
+    wanted = {case for case in CASES if rows(case) > 1 and (regular(case) or reference.startswith(UNIQUE))}
+    assert {case for case in wanted - checked if "zero_row" not in case} == set()
+
+
+@pytest.mark.parametrize("reference", EXACT)
+def test_a_single_gradient_is_left_as_it_is(reference: str) -> None:
+    for case in CASES:
+        if rows(case) == 1:
+            assert distance(direction(case, *EXACT[reference]), array(f"{case}/J").sum(0)) < 1e-12, case
 
 
 @pytest.mark.parametrize("reference", EXACT)
@@ -110,23 +132,28 @@ def test_cases_without_unique_answer(reference: str) -> None:
                 assert np.linalg.norm(direction(case, name, {})) < 1 + 1e-9
             elif name == "cagrad":
                 mean = np.linalg.norm(j.mean(0))
-                assert np.linalg.norm(d * (1, 1.25)[settings["rescale"]] - j.mean(0)) < 0.5 * mean + 1e-9
+                assert np.linalg.norm(d * (1, 1.25)[settings["rescale"]] - j.mean(0)) <= 0.5 * mean * (
+                    1 + 1e-9
+                )
+            else:  # aligned gradients, projections, equal projections
+                assert np.linalg.norm(d) <= np.linalg.norm(j, axis=1).sum() * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("reference", LIBRARIES)
 def test_libraries_where_they_are_right(reference: str) -> None:
     name, settings, tolerance, but = LIBRARIES[reference]
-    checked = 0
-    for case in filter(regular, CASES):
-        key = f"{case}/{reference}/d"
-        if key in INDEX and not any(word in case for word in but) and rows(case) > 1:
+    compared = [
+        case for case in filter(regular, CASES) if f"{case}/{reference}/d" in INDEX and rows(case) > 1
+    ]
+    for case in compared:
+        if not any(word in case for word in but):
+            key = f"{case}/{reference}/d"
             assert distance(direction(case, name, settings), array(key)) < tolerance, case
-            checked += 1
-    assert checked >= 5
+    assert len(compared) >= 41  # of 43; LibMTL's MGDA stops with an error in two
 
 
 def test_sign_dropout_by_the_same_draw() -> None:
-    for case in filter(regular, CASES):
+    for case in CASES:
         j = torch.tensor(array(f"{case}/J"), dtype=torch.float32)
         torch.manual_seed(0)
         draw, out = torch.rand(j.shape[1]), torch.zeros(j.shape[1])
@@ -155,12 +182,13 @@ def problem(step: int, losses: Any = None) -> Problem:
     ],
 )
 def test_methods_that_remember_gradients(spec: Rowwise, reference: str) -> None:
-    memory: dict[str, torch.Tensor] = {}
+    balancer = GradientBalancer(spec, NAMES)
     for step in range(5):
         if step == 3:  # through a file
-            memory = {name: value.clone() for name, value in memory.items()}
+            state, balancer = balancer.state_dict(), GradientBalancer(spec, NAMES)
+            balancer.load_state_dict(state)
         out = torch.zeros(50, dtype=torch.float64)
-        spec.direct(torch.tensor(J[step]), problem(step), memory, out)
+        spec.direct(torch.tensor(J[step]), problem(step), balancer.memory, out)
         assert distance(out.numpy(), array(f"seq/libmtl/{reference}/d")[step]) < 1e-6
 
 
@@ -208,6 +236,23 @@ def test_learned_scales(name: str, reference: str, slope: Any) -> None:
         w, _ = weights(name, np.eye(3), {"s": s}, losses=LOSSES[step])
         assert w == pytest.approx(array(f"seq/torchjd_scalar/{reference}/dloss")[step], abs=1e-6)
         s = s - 0.1 * slope(w, LOSSES[step])
+
+
+def test_impartial_learning_with_its_scales() -> None:
+    """As ``test_learned_scales``, in LibMTL."""
+    s = np.zeros(3)
+    for step in range(5):
+        w, _ = weights("imtl", J[step] @ J[step].T, {"s": s}, losses=LOSSES[step], **NATIVE)
+        assert distance(w @ J[step], array("seq/libmtl/IMTL/d")[step]) < 1e-6
+        s = s - 0.1 * (np.exp(s) * LOSSES[step] - 1)
+
+
+def test_uncertainty_from_another_start() -> None:
+    s = np.full(3, -0.5)
+    for step in range(5):
+        w, _ = weights("uw", np.eye(3), {"s": s}, losses=LOSSES[step])
+        assert w == pytest.approx(array("seq/libmtl/UW/w")[step], rel=1e-6)
+        s = s - 0.1 * (0.5 - w * LOSSES[step])
 
 
 def drawn_orders(n: int, draw: int) -> Any:

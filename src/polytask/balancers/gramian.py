@@ -192,25 +192,41 @@ class AlignedMTL(GradientWeighting):
         return solvers.aligned(problem.gram, np.full(n, 1 / n), self.scale, self.tolerance)
 
 
+class Cone(GradientWeighting):
+    """Base of the methods that project onto the directions that no task opposes.
+
+    ``legacy`` solves what torchjd does: the Gramian over its trace (nothing below 1e-4) plus 1e-4 of the
+    identity, so that tasks with small gradients may be opposed.
+    """
+
+    legacy: bool = False
+
+    def project(self, gram: Array, rows: Array) -> Array:
+        """Weights of the sum of the projections of all rows, ``[K, n]``."""
+        if self.legacy:
+            trace = float(np.trace(gram))
+            gram = gram / trace * (trace >= 1e-4) + 1e-4 * np.eye(len(gram))
+        return np.asarray(solvers.dual_cone(gram, rows).sum(0))
+
+
 @register("balancer")
-class UPGrad(GradientWeighting):
+class UPGrad(Cone):
     """The mean of the gradients, each projected so that it opposes no task (Quinton and Rey, 2024)."""
 
     type: Literal["upgrad"] = "upgrad"
 
     def solve(self, problem: Problem, state: State) -> Array:  # noqa: ARG002
-        return np.asarray(solvers.dual_cone(problem.gram, np.eye(len(problem)) / len(problem)).sum(0))
+        return self.project(problem.gram, np.eye(len(problem)) / len(problem))
 
 
 @register("balancer")
-class DualProj(GradientWeighting):
+class DualProj(Cone):
     """The mean gradient, projected so that it opposes no task (Lopez-Paz and Ranzato, NeurIPS 2017)."""
 
     type: Literal["dualproj"] = "dualproj"
 
     def solve(self, problem: Problem, state: State) -> Array:  # noqa: ARG002
-        n = len(problem)
-        return np.asarray(solvers.dual_cone(problem.gram, np.full((1, n), 1 / n))[0])
+        return self.project(problem.gram, np.full((1, len(problem)), 1 / len(problem)))
 
 
 @register("balancer", "gradnorm")
