@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import timm
 
-from polytask.config import Slot, Spec, decode, registered
+from polytask.config import Slot, Spec, aliases, decode, registered
 from polytask.data.base import DatasetSpec
 from polytask.files import override
 from polytask.recipe import shipped_recipes
@@ -25,7 +25,7 @@ def catalog(what: str, pattern: str = "*") -> list[tuple[str, str]]:
 
     Args:
         what: ``tasks datasets adapters necks heads balancers pipelines actions backbones recipes``.
-        pattern: shell-style filter of the names.
+        pattern: shell-style filter of the names, aliases among them.
     """
     if what == "recipes":
         rows = [(name, _describe_recipe(file)) for name, file in shipped_recipes().items()]
@@ -35,8 +35,17 @@ def catalog(what: str, pattern: str = "*") -> list[tuple[str, str]]:
             for name in timm.list_models()
         ]
     else:
-        rows = [(name, _first_line(cls)) for name, cls in sorted(registered(_SLOTS[what]).items())]
+        return _registered(_SLOTS[what], pattern)
     return [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
+
+
+def _registered(slot: str, pattern: str) -> list[tuple[str, str]]:
+    rows = []
+    for name, cls in sorted(registered(slot).items()):
+        others = [other for other, meant in aliases(slot).items() if meant == name]
+        if fnmatch.filter([name, *others], pattern):
+            rows.append((name, _first_line(cls) + (f" (also {', '.join(others)})" if others else "")))
+    return rows
 
 
 def _first_line(cls: type[Any]) -> str:

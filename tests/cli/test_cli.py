@@ -181,6 +181,11 @@ def test_list(call: Call, what: str, name: str) -> None:
     assert name in err
 
 
+def test_list_tells_other_names(call: Call) -> None:
+    (row,) = call.json("list", "balancers", "gradnorm")
+    assert row["name"] == "gn" and row["description"].endswith("(also gradnorm)")
+
+
 def test_list_backbones(call: Call) -> None:
     rows = call.json("list", "backbones", "swin_tiny*")
     assert {"swin_tiny_patch4_window7_224"} <= {row["name"] for row in rows}

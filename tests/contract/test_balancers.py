@@ -247,6 +247,7 @@ def test_aliases() -> None:
     names = {
         "gradnorm": "gn", "uncertainty": "uw", "gls": "geo", "graddrop": "gsd", "gradvac": "gvac",
         "aligned_mtl": "amtl", "nash_mtl": "nash", "log_losses": "si", "ew": "equal", "excess": "excessmtl",
+        "dynamic_weight_average": "dwa", "random_loss_weighting": "rlw", "geometric_loss_strategy": "geo",
     }  # fmt: skip
     assert {alias: full_name("balancer", alias) for alias in names} == names
     asked = {

@@ -116,7 +116,7 @@ class LogLosses(Scalarizer):
         return 1 / positive(problem, self.type)
 
 
-@register("balancer", "gls")
+@register("balancer", "gls", "geometric_loss_strategy")
 class Geometric(Scalarizer):
     """The geometric mean of the losses (Chennupati et al., CVPRW 2019), in log space."""
 
@@ -127,7 +127,7 @@ class Geometric(Scalarizer):
         return np.asarray(np.exp(np.log(losses).mean()) / (len(problem) * losses))
 
 
-@register("balancer")
+@register("balancer", "random_loss_weighting")
 class RandomWeights(Scalarizer):
     """Softmax of normal draws at each step (Lin et al., TMLR 2022)."""
 
@@ -154,7 +154,7 @@ class EpochMeans(Scalarizer):
         return result
 
 
-@register("balancer")
+@register("balancer", "dynamic_weight_average")
 class DynamicAverage(EpochMeans):
     """Softmax of how fast each loss fell between the last two epochs (Liu et al., CVPR 2019)."""
 
