@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polytask.config import Spec
 from polytask.errors import ConfigError
+from polytask.parallel import total
 from polytask.tasks.base import TaskSet
 from polytask.types import Partition
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 
 PATIENCE = 20
 """After so many steps in a row without a finite loss, a task may no longer sit out."""
+
+
+def global_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Values of losses, summed over processes."""
+    if not losses:
+        return {}
+    values = total(torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]))
+    return dict(zip(losses, values.tolist(), strict=True))
 
 
 class Balancer(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from polytask.balancers import cheap
-from polytask.balancers.base import Balancer
+from polytask.balancers.base import Balancer, global_values
 from polytask.balancers.jacobian import Jacobian
 from polytask.balancers.solvers import Array
 from polytask.balancers.weighting import (
@@ -34,7 +34,6 @@ from polytask.balancers.weighting import (
     weigh,
 )
 from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning, did_you_mean
-from polytask.parallel import total
 from polytask.seeding import derive
 from polytask.types import Partition
 
@@ -76,6 +75,7 @@ class GradientBalancer(Balancer):
         self._jacobians: list[Jacobian] = []
         self._layers: dict[Any, nn.Parameter] = {}  # the last shared one of each set of tasks
         self._pending: dict[str, float] = {}  # losses of the tasks whose rows wait for more batches
+        self._held: dict[nn.Parameter, Tensor] = {}  # gradients of their heads, which wait too
 
     def epoch_end(self) -> None:
         """Tell the method."""
@@ -85,7 +85,7 @@ class GradientBalancer(Balancer):
 
     def after_step(self, losses: Mapping[str, Tensor]) -> None:
         """Tell the method the losses after the update."""
-        values = _values(losses)
+        values = global_values(losses)
         problem, state = self._problem(values), self._state()
         self.spec.look_back(problem.only(np.isfinite(problem.losses)), state)
         self._remember(state)
@@ -138,9 +138,13 @@ class GradientBalancer(Balancer):
         if self.mode != "exact" or isinstance(self.spec, Scalarizer) or self.batches > 1:
             what = "gradients of several batches add up where a method sees them all, in mode 'exact'"
             raise ConfigError(what, where=f"balancer {self.spec.type!r}", got=f"mode {self.mode!r}")
-        values = _values(losses)
+        values = global_values(losses)
         before = self._put_away(partition)
         self._fill(0, losses, list(partition.shared.values()), list(self._pending | values))
+        for parameter in (p for name in values for p in partition.per_task.get(name, {}).values()):
+            if (fresh := parameter.grad) is not None:
+                held = self._held.get(parameter)
+                self._held[parameter], parameter.grad = fresh if held is None else held + fresh, None
         self._pending = _added(self._pending, values)
         _put_back(before)
 
@@ -162,10 +166,13 @@ class GradientBalancer(Balancer):
             hint = "pass those of the others as `parts`"
             raise ConfigError(what, where=f"balancer {self.spec.type!r}", got=len(parts) + 1, hint=hint)
         losses = {name: loss for name, loss in losses.items() if all(name in part for part in parts)}
-        values = _added(self._pending, _values(losses))
+        values = _added(self._pending, global_values(losses))
         self.memory["step"] = self.memory.get("step", torch.zeros((), dtype=torch.int64)) + 1
         self.stats, self.gram = {}, None
         before = self._put_away(partition)
+        for parameter, gradient in self._held.items():
+            parameter.grad = gradient
+        self._held = {}
         shared = list(partition.shared.values())
         owned = [list(partition.per_task.get(name, {}).values()) for name in values]
         step = _Step(losses, shared, owned, self._problem(values), frontier, parts)
@@ -186,7 +193,9 @@ class GradientBalancer(Balancer):
         elif self.mode == "stale" and kept is not None and (problem.step - 1) % self.number:
             w = kept.numpy()[problem.rows]
             factors = self.spec.head_factors(problem, self._state()) * (w if self.scale_heads else 1.0)
+            exact = self._exactly(step, problem.step)
             cheap.weighted([*step.losses.values()], step.owned, w, factors)
+            self._audit(exact, w, self._state())
         elif self.mode in ("exact", "stale"):
             w = self._exact(step)
             if self.mode == "stale":
@@ -281,8 +290,7 @@ class GradientBalancer(Balancer):
     def _cheap(self, step: _Step) -> Array:
         """Weights from something smaller than the Jacobian, then one weighted backward pass."""
         state, losses = self._state(), list(step.losses.values())
-        auditing = self.audit_every and (step.problem.step - 1) % self.audit_every == 0
-        exact = self._checked(cheap.of_parameters(losses, step.shared), step) if auditing else None
+        exact = self._exactly(step, step.problem.step - 1)
         if self.mode == "features":
             gram, parts = cheap.at_features(losses, step.frontier, step.owned)
         else:
@@ -299,8 +307,7 @@ class GradientBalancer(Balancer):
         else:
             cheap.weighted(losses, step.owned, w, factors)
         self.gram, self.stats = problem.gram, self.stats | figures(problem.gram, list(step.losses))
-        if exact is not None:
-            self._audit(exact, w, state)
+        self._audit(exact, w, state)
         return w
 
     def _checked(self, gram: Tensor, step: _Step) -> Problem:
@@ -314,8 +321,16 @@ class GradientBalancer(Balancer):
                 raise _not_finite(name)
         return replace(step.problem, gram=np.asarray(gram.cpu().numpy()))
 
-    def _audit(self, exact: Problem, w: Array, state: State) -> None:
+    def _exactly(self, step: _Step, number: int) -> Problem | None:
+        """The problem with exact gradients, if this is one of the steps to audit."""
+        if not self.audit_every or number % self.audit_every:
+            return None
+        return self._checked(cheap.of_parameters([*step.losses.values()], step.shared), step)
+
+    def _audit(self, exact: Problem | None, w: Array, state: State) -> None:
         """Cosine between the direction and the one that exact gradients would have given."""
+        if exact is None:
+            return
         assert isinstance(self.spec, Weighting)
         v, gram = weigh(self.spec, exact, state)[0][exact.rows], exact.gram
         size = np.sqrt(max(float(w @ gram @ w) * float(v @ gram @ v), np.finfo(float).tiny))
@@ -324,14 +339,6 @@ class GradientBalancer(Balancer):
 
 def _not_finite(task: str) -> NonFiniteLossError:
     return NonFiniteLossError(f"the gradient of task {task!r} is not finite", where="balancer")
-
-
-def _values(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """Global values."""
-    if not losses:
-        return {}
-    values = total(torch.stack([loss.detach().double() for loss in losses.values()]))
-    return dict(zip(losses, values.tolist(), strict=True))
 
 
 def _added(some: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

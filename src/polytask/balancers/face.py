@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from polytask.balancers.base import Balancer, BalancerSpec
+from polytask.balancers.base import Balancer, BalancerSpec, global_values
 from polytask.balancers.graph import Leaves, leaves
 from polytask.balancers.solvers import Array
 from polytask.balancers.weighting import find
 from polytask.config import decode
 from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning, did_you_mean
-from polytask.parallel import total
 from polytask.tasks.base import TaskSet
 from polytask.tasks.depth import Depth
 from polytask.types import Partition
@@ -133,8 +131,7 @@ def _values(balancer: Balancer, losses: Any, where: str) -> dict[str, float]:
             raise ConfigError(f"the loss of task {name!r} is no scalar", where=where, got=got)
         if not loss.requires_grad:
             raise ConfigError(what, where=where)
-    found = total(torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]))
-    return dict(zip(losses, found.tolist(), strict=True))
+    return global_values(losses)
 
 
 def _ends(features: Any) -> list[Tensor]:

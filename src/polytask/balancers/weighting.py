@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from polytask.balancers.base import Balancer, BalancerSpec
@@ -158,6 +158,12 @@ class GradientWeighting(Weighting):
     scale_heads: bool = Field(
         default=False, description="multiply each head's own gradient by its task's weight too"
     )
+
+    @model_validator(mode="after")
+    def _something_to_audit(self) -> Self:
+        if self.audit and self.mode == "exact":
+            raise ValueError("audit compares another mode with exact gradients, and mode is exact")
+        return self
 
     ANGLES: ClassVar[bool] = True
     """Whether the weights depend on angles between gradients, which cheap modes do not preserve."""

@@ -15,7 +15,7 @@ from polytask.balancers import balancer, weights
 from polytask.balancers.base import Balancer
 from polytask.balancers.engine import GradientBalancer
 from polytask.balancers.jacobian import product
-from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning
+from polytask.errors import ConfigError, ConfigErrors, NonFiniteLossError, PolytaskWarning
 from polytask.types import Partition, PerTask, partition
 from tests.helpers import TASKS, build, image, model_spec
 
@@ -188,6 +188,24 @@ def test_accumulation(net: Net, x: Tensor) -> None:
             make(name).step(net.losses(net.features(x)), accumulate=True)
 
 
+@pytest.mark.parametrize("name", ["db_mtl", "imtl"])
+def test_accumulation_of_what_heads_get(net: Net, x: Tensor, name: str) -> None:
+    """These methods multiply the gradients of the heads: those of all batches."""
+    b, batches = make(name, **({"lr": 0.5} if name == "imtl" else {})), (x, x.flip(0) * 1.5)
+    for _ in range(2):
+        net.zero_grad()
+        scales = b.memory.get("s", torch.zeros(3)).exp()
+        values = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            losses = net.losses(net.features(batch))
+            values += torch.stack([*losses.values()]).detach()
+            b.step(losses, [*net.trunk], accumulate=batch is x)
+    scales = scales if name == "imtl" else 1 / values
+    own = [head_gradients(net, batch) for batch in batches]
+    for k, (task, head) in enumerate(net.heads.items()):
+        torch.testing.assert_close(head.weight.grad, (own[0][task] + own[1][task]) * scales[k])
+
+
 def test_stale(net: Net, x: Tensor) -> None:
     b, seen = make("upgrad", mode="stale:3"), []
     for step in range(5):
@@ -281,6 +299,17 @@ def test_audit(net: Net, x: Tensor) -> None:
     for _ in range(3):
         run(b, net, x)
         assert -1.001 <= b.stats["agreement"] <= 1.001
+    b, seen = make("mgda", mode="stale:3", audit=1), []
+    for step in range(6):
+        w = run(b, net, x * (1 + step))
+        seen.append(b.stats.get("agreement"))
+        if step == 2:
+            j = rows(net, x * 3).numpy()
+            d, e = (np.array([*v]) @ j for v in (w.values(), weights("mgda", j @ j.T)[0]))
+            assert seen[2] == pytest.approx(d @ e / np.linalg.norm(d) / np.linalg.norm(e))
+    assert seen[2] < 1 and [y is None for y in seen] == [True, False, False] * 2
+    with pytest.raises(ConfigErrors, match="audit compares another mode with exact gradients"):
+        make("mgda", audit=2)
 
 
 def test_products_are_accumulated_precisely() -> None:
