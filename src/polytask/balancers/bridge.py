@@ -27,7 +27,7 @@ class TorchJD(Rowwise):
 
     type: Literal["torchjd"] = "torchjd"
     aggregator: str = Field(description="name of a class of torchjd.aggregation, such as UPGrad")
-    settings: dict[str, Any] = Field(default_factory=dict, description="its arguments")
+    settings: dict[str, Any] = Field(default_factory=dict, description="its arguments; lists become tensors")
     reduction: Literal["native"] = "native"
 
     _aggregator: Any = PrivateAttr(default=None)
@@ -47,7 +47,8 @@ class TorchJD(Rowwise):
             hint = did_you_mean(self.aggregator, known)
             raise ConfigError(f"torchjd has no aggregator {self.aggregator!r}", where=where, hint=hint)
         try:
-            self._aggregator = getattr(aggregation, self.aggregator)(**self.settings)
+            settings = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in self.settings.items()}
+            self._aggregator = getattr(aggregation, self.aggregator)(**settings)
         except (TypeError, ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{self.aggregator} refuses these settings ({reason})", where=where) from None
@@ -60,9 +61,21 @@ class TorchJD(Rowwise):
         memory: dict[str, Tensor],  # noqa: ARG002
         out: Tensor,
     ) -> Array:
-        """Weights are those that come nearest to the direction."""
+        """Weights are those that come nearest to the direction; a single gradient is left as it is.
+
+        Raises:
+            ConfigError: the aggregator refuses these gradients.
+        """
+        if len(problem) == 1:
+            out.copy_(matrix[0])
+            return np.ones(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(problem.seed)  # the same on all processes
-            out.copy_(self._aggregator(matrix))
+            try:
+                out.copy_(self._aggregator(matrix))
+            except (ValueError, RuntimeError) as error:  # LinAlgError is one, too
+                what = f"{self.aggregator} of torchjd refuses these gradients ({str(error).splitlines()[0]})"
+                got = f"those of {len(problem)} tasks"
+                raise ConfigError(what, where="balancer.aggregator", got=got) from None
         products = (matrix @ out).double().cpu().numpy()
         return np.asarray(np.linalg.lstsq(problem.gram, products, rcond=1e-9)[0])

@@ -32,6 +32,16 @@ def test_direction_is_that_of_the_aggregator() -> None:
         torch.testing.assert_close(torch.tensor([*outcome.weights.values()]).float() @ rows, mine)
 
 
+def test_gradients_that_an_aggregator_refuses() -> None:
+    loop = Loop()
+    b = balancer("torchjd", NAMES, aggregator="Constant", settings={"weights": [1.0, 2.0]})
+    assert b.step(loop.losses(), shared=loop.trunk).weights == pytest.approx({"depth": 1.0, "parts": 2.0})
+    assert b.step({"parts": loop.losses()["parts"]}, shared=loop.trunk).weights == {"parts": 1.0}
+    b = balancer("torchjd", NAMES, aggregator="Krum", settings={"n_byzantine": 1})
+    with pytest.raises(ConfigError, match="Krum of torchjd refuses these gradients"):
+        b.step(loop.losses(), shared=loop.trunk)
+
+
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="torchjd has no aggregator 'UPgrad'; did you mean 'UPGrad'"):
         balancer("torchjd", NAMES, aggregator="UPgrad")
