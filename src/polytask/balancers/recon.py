@@ -117,7 +117,8 @@ class ConflictMeter(Balancer):
 
     def cost(self) -> str:
         """That of the method, and what looking adds."""
-        return f"{self.method.cost()}; in one of {self.every} steps, one more per task to measure conflicts"
+        when = f"in one of {self.every} steps" if self.every > 1 else "in each step"
+        return f"{self.method.cost()}; {when}, one more per task to measure conflicts"
 
     def epoch_end(self) -> None:
         """Tell the method."""

@@ -164,6 +164,7 @@ def test_counts_and_memory_of_the_method_go_into_a_file_and_back() -> None:
 def test_cost_says_what_looking_adds() -> None:
     text = decode(ReconSpec, {"every": 5}).build(TASKS).cost()
     assert text.endswith("; in one of 5 steps, one more per task to measure conflicts")
+    assert "; in each step, one more" in decode(ReconSpec, {}).build(TASKS).cost()
 
 
 @pytest.mark.slow
