@@ -75,7 +75,6 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"polytask {__version__}")
     verbs = root.add_subparsers(required=True, metavar="VERB")
     train = _verb(verbs, "train", _train, "train a recipe", "polytask train rooms/mtlora --set optim.lr=1e-3")
-    _recipe_options(train)
     train.add_argument("--output", type=Path, help="run folder (default: runs/<name of the recipe>)")
     train.add_argument("--resume", action="store_true", help="continue an interrupted run")
     train.add_argument("--slurm", nargs="*", metavar="K=V", help="submit as a job, with submitit settings")
@@ -93,7 +92,6 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--raw", action="store_true", help="also write the values as .npy")
     profile = _verb(verbs, "profile", _profile, "parameters, MACs, time and memory of a recipe or run",
                     "polytask profile recipes/pascal/mtlora_r64.yaml --json")  # fmt: skip
-    _recipe_options(profile)
     profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
     compare = _verb(verbs, "compare", _compare, "table and page about runs", "polytask compare runs/*")
     compare.add_argument("runs", type=Path, nargs="+")
@@ -103,8 +101,12 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("what", choices=kinds.split())
     listing.add_argument("pattern", nargs="?", default="*", help="for backbones, e.g. '*swin*'")
     show = _verb(verbs, "show", _show, "the fully resolved recipe", "polytask show rooms/mtlora")
-    _recipe_options(show)
     show.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
+    for verb in (train, profile, show):
+        verb.add_argument("recipe", type=Path, nargs="?", help="YAML file, or name of a shipped recipe")
+        verb.add_argument("--cfg", type=Path, help="same as RECIPE")
+        verb.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="a change")
+        verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
     _data_verbs(verbs)
     demo = _verb(verbs, "demo", _demo, "train and compare on the embedded rooms", "polytask demo")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
@@ -125,19 +127,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _recipe_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", type=Path, nargs="?", help="YAML file, or name of a shipped recipe")
-    verb.add_argument("--cfg", type=Path, help="same as RECIPE")
-    verb.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="a change")
-    verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
-
-
 def _data_verbs(verbs: Any) -> None:
     group = verbs.add_parser("data", help="look at a dataset", description="look at a dataset",
-                             epilog="example: polytask data verify rooms")  # fmt: skip
+                             epilog="example: polytask data verify pascal_context DIR")  # fmt: skip
     data = group.add_subparsers(required=True, metavar="VERB")
     check = _verb(data, "verify", _data_verify, "check every file; exit 3 with a list of problems",
-                  "polytask data verify pascal_context DIR")  # fmt: skip
+                  "polytask data verify own.yaml")  # fmt: skip
     look = _verb(data, "preview", _data_preview, "contact sheet of samples with all labels",
                  "polytask data preview rooms --output rooms.png")  # fmt: skip
     look.add_argument("--output", type=Path, default=Path("preview.png"))
@@ -151,8 +146,9 @@ def _data_verbs(verbs: Any) -> None:
     pack = _verb(data, "pack", _data_pack, "tar files (WebDataset) out of a dataset",
                  "polytask data pack pascal_context DIR OUT")  # fmt: skip
     for verb in (check, look, keep, pack):
-        verb.add_argument("name", help="see `polytask list datasets`")
+        verb.add_argument("name", help="dataset (see `polytask list datasets`), or recipe (--set data.A=V)")
         verb.add_argument("root", nargs="?", help="folder of the dataset")
+        verb.add_argument("--tasks", help="comma-separated subset")
     for verb in (export, pack):
         verb.add_argument("out", type=Path, help="folder to make")
         verb.add_argument("--count", type=_count, help="at most so many samples per split, or per tar file")
@@ -176,11 +172,10 @@ def _load(args: argparse.Namespace) -> Recipe:
 
     if (args.recipe is None) == (args.cfg is None):
         raise ConfigError("name one recipe", where="RECIPE or --cfg", hint="see: polytask list recipes")
-    path = args.recipe or args.cfg
     if len(args.opts) % 2:
         raise ConfigError("--opts takes pairs of key and value", got=" ".join(args.opts))
     pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
-    return load_recipe(path, [*args.sets, *(f"{key}={value}" for key, value in pairs)])
+    return load_recipe(args.recipe or args.cfg, [*args.sets, *(f"{key}={value}" for key, value in pairs)])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -283,24 +278,26 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _dataset(args: argparse.Namespace) -> Any:
-    from polytask.catalog import dataset
+    from polytask.catalog import chosen
 
-    return dataset(args.name, args.root, args.sets)
+    return chosen(args.name, args.root, args.sets, args.tasks)
 
 
 def _data_verify(args: argparse.Namespace) -> int:
-    from polytask.data.base import verify
+    from polytask.data.verification import verify
     from polytask.tables import print_verification
 
-    report = verify(_dataset(args), [args.split] if args.split else None)
-    print_verification(report)
+    spec, tasks = _dataset(args)
+    report = verify(spec, [args.split] if args.split else None, tasks)
+    print_verification(report, tasks)
     return _problems(args, vars(report))
 
 
 def _data_prepare(args: argparse.Namespace) -> int:
     from polytask.data.cache import prepare
 
-    result = prepare(_dataset(args), [args.split] if args.split else None, args.workers)
+    spec, tasks = _dataset(args)
+    result = prepare(spec, [args.split] if args.split else None, args.workers, tasks)
     say(f"{result['folder']} keeps {', '.join(result['labels']) or 'nothing: no label is slow'}")
     return _problems(args, result)
 
@@ -316,8 +313,9 @@ def _problems(args: argparse.Namespace, result: dict[str, Any]) -> int:
 def _data_preview(args: argparse.Namespace) -> int:
     from polytask.viz import contact_sheet, save_picture
 
-    spec = _dataset(args)
-    save_picture(contact_sheet(spec, args.split or spec.split_names()[0], max(args.count, 1)), args.output)
+    spec, tasks = _dataset(args)
+    split = args.split or spec.split_names()[0]
+    save_picture(contact_sheet(spec, split, max(args.count, 1), tasks), args.output)
     say(f"preview: {args.output}")
     return _done(args, {"preview": str(args.output)})
 
@@ -331,8 +329,8 @@ def _data_export(args: argparse.Namespace) -> int:
 def _data_pack(args: argparse.Namespace) -> int:
     from polytask.data.packed import pack
 
-    splits, size = [args.split] if args.split else (), args.count or 256
-    return _written(args, pack(_dataset(args), args.out, splits, per_shard=size))
+    (spec, tasks), splits = _dataset(args), [args.split] if args.split else ()
+    return _written(args, pack(spec, args.out, splits, tasks=tasks, per_shard=args.count or 256))
 
 
 def _written(args: argparse.Namespace, counts: dict[str, int]) -> int:

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from polytask.metrics.base import IGNORE
+from polytask.tasks import Attributes, Classification, Embedding, Segmentation
+
 if TYPE_CHECKING:
-    from polytask.data.base import VerifyReport
+    from polytask.data.verification import VerifyReport
     from polytask.report import Comparison
+    from polytask.tasks import Task
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -31,15 +35,34 @@ def print_scores(scores: dict[str, dict[str, float]]) -> None:
     table("scores", ["task", "metric", "value"], rows)
 
 
-def print_verification(report: VerifyReport) -> None:
+def print_verification(report: VerifyReport, tasks: Mapping[str, Task]) -> None:
     """What is in a dataset; the problems are not here."""
-    table("samples", ["split", "count"], [(split, str(count)) for split, count in report.counts.items()])
-    labels = [
-        (task, ", ".join([f"{v}: {n}" for v, n in sorted(seen.items())][:300]) + " …" * (len(seen) > 300))
-        for task, seen in report.histograms.items()
-    ]
-    labels += [(task, f"{low:.4g} to {high:.4g}") for task, (low, high) in report.ranges.items()]
-    table("labels", ["task", "values (pixels or images)"], labels)
+    table("samples", ["split", "count"], [(split, f"{count:,}") for split, count in report.counts.items()])
+    rows = [(name, _frequencies(tasks[name], seen)) for name, seen in report.histograms.items()]
+    rows += [(name, _range(seen)) for name, seen in report.ranges.items()]
+    table("labels", ["task", "shares of pixels, or numbers of images"], rows)
+
+
+def _frequencies(task: Task, seen: Mapping[int, int]) -> str:
+    if isinstance(task, Embedding):
+        known = [times for number, times in seen.items() if number >= 0]
+        each = f", {min(known):,} to {max(known):,} images of each" if known else ""
+        return f"{len(known):,} identities{each}" + (f", {seen[-1]:,} unknown" if -1 in seen else "")
+    names = {**dict(enumerate(_class_names(task))), IGNORE: "unlabeled", -1: "unknown"}
+    total = sum(seen.values())
+    share = {n: f"{100 * times / total:.3g} %" if task.dense else f"{times:,}" for n, times in seen.items()}
+    return ", ".join(f"{names.get(number, number)}: {text}" for number, text in share.items())
+
+
+def _class_names(task: Task) -> tuple[str, ...]:
+    if isinstance(task, Attributes):
+        return task.names
+    return task.classes if isinstance(task, (Segmentation, Classification)) else ()
+
+
+def _range(seen: Mapping[str, float]) -> str:
+    percent = 100 * seen["valid"] / (seen["valid"] + seen["invalid"])
+    return f"{seen['min']:.4g} to {seen['max']:.4g}, {percent:.3g} % valid" if percent else "none valid"
 
 
 def print_comparison(comparison: Comparison) -> None:

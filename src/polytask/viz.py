@@ -174,14 +174,14 @@ def legend(names: Mapping[str, str]) -> str:
     )
 
 
-def contact_sheet(spec: DatasetSpec, split: str, count: int) -> Image.Image:
-    """Samples of a split with all their labels laid over them, one row each, as evaluation sees them.
+def contact_sheet(spec: DatasetSpec, split: str, count: int, tasks: TaskSet | None = None) -> Image.Image:
+    """Samples of a split with (by default all) labels laid over them, one row each, as evaluation sees them.
 
     Raises:
-        ConfigError: unknown split.
+        ConfigError: unknown split or task.
         DataError: an empty split, and what the dataset raises.
     """
-    tasks = TaskSet(spec.labels())
+    tasks = tasks or TaskSet(spec.labels())
     samples = spec.open(split, tasks, train=False)
     if not len(samples):
         raise DataError("the split is empty", where=f"{spec.type}, {split}")

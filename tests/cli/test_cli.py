@@ -241,6 +241,74 @@ def test_data_export_and_pack(call: Call, tmp_path: Path) -> None:
         assert "Traceback" not in result[2]
 
 
+OWN = """
+name: own
+data:
+  type: folder
+  root: photos
+  image_size: [24, 36]
+  splits: {train: "*[0-2].png", val: "*3.png"}
+  targets:
+    floor: {task: {type: segmentation, classes: [other, floor]}, file: "{stem}.tif", ids: {0: 0, 7: 1}}
+    far: {task: depth, file: "{stem}.npy"}
+tasks: [floor]
+model: {backbone: {name: resnet18}}
+phases: [{epochs: 1}]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A recipe for photos that have masks and no depth."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (36, 24)).save(tmp_path / "photos" / f"p{i}.png")
+        Image.new("L", (36, 24), 7 * (i % 2)).save(tmp_path / "photos" / f"p{i}.tif")
+    (tmp_path / "own.yaml").write_text(OWN)
+    return tmp_path / "own.yaml"
+
+
+def test_data_of_a_recipe(call: Call, own: Path, tmp_path: Path) -> None:
+    photos, elsewhere = tmp_path / "photos", ("--set", f"data.root={tmp_path / 'photos'}")
+    found = call.json("data", "verify", own, photos)
+    assert found["counts"] == {"train": 3, "val": 1}
+    assert found["histograms"] == {"floor": {"0": 2 * 24 * 36, "1": 2 * 24 * 36}}
+    assert call.json("data", "verify", own, *elsewhere) == found
+    assert "floor: 50 %" in call("data", "verify", own, photos)[2]
+    (photos / "p1.tif").write_bytes(b"no")
+    (photos / "p2.tif").unlink()
+    code, _, err = call("data", "verify", own, *elsewhere)
+    assert (code, err.count("problem: ")) == (3, 2)
+    assert f"problem: {photos / 'p2.tif'}: no such file" in err
+    code, _, err = call("data", "verify", own, *elsewhere, "--set", "tasks=[floor, far]")
+    assert (code, err.count("far") + err.count(".npy: no such file")) == (3, 4)
+    assert "unknown task 'flor'; did you mean 'floor'" in call("data", "verify", own, "--tasks", "flor")[2]
+    words = ("data", "preview", own, photos, "--split", "val", "--output", tmp_path / "sheet.png")
+    assert call(*words)[0] == 0
+    code, _, err = call("data", "pack", own, photos, tmp_path / "packed")
+    assert code == 3
+    assert "1 of 3 images have no label 'floor'" in err
+    made = call.json("data", "pack", own, photos, tmp_path / "packed", "--split", "val")
+    assert made["counts"] == {"val": 1}
+    assert call.json("data", "verify", "packed", tmp_path / "packed")["problems"] == []
+    kept = ("--set", f"data.label_cache={tmp_path / 'kept'}", "--workers", "0", "--split", "val")
+    assert call.json("data", "prepare", own, photos, *kept)["labels"] == ["floor"]
+
+
+def test_data_of_shipped_recipes_and_of_some_tasks(call: Call, rooms: Path) -> None:
+    few = ("--set", "data.preset=nano", "--set", "data.image_size=[32,48]", "--split", "val")
+    found = call.json("data", "verify", "rooms/mtlora", *few)
+    assert found["counts"] == {"val": 32}
+    assert found["problems"] == []
+    words = ("data", "verify", "rooms", "--set", "preset=nano", "--split", "val")
+    found = call.json(*words, "--tasks", "depth, scene")
+    assert [*found["histograms"], *found["ranges"]] == ["scene", "depth"]
+    assert "did you mean 'depth'" in call(*words, "--tasks", "dpeth")[2]
+    for name, words in (("nowhere.yaml", "no such recipe"), ("rooms/mtlroa", "did you mean 'rooms/mtlora'")):
+        code, _, err = call("data", "verify", name)
+        assert (code, words in err) == (2, True)
+
+
 def test_data_prepare(call: Call, tmp_path: Path) -> None:
     photos = write_pascal_mt(tmp_path / "PASCAL_MT")
     words = ("data", "prepare", "pascal_context", tmp_path / "PASCAL_MT", "--workers", "0")

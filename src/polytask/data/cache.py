@@ -13,7 +13,7 @@ import os
 import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -32,6 +32,7 @@ from polytask.progress import track
 
 if TYPE_CHECKING:
     from polytask.data.base import DatasetSpec, Record
+    from polytask.tasks.base import Task
 
 VERSION = 1  # of the format and of what readers share; raise it when the same files give other labels
 _IRRELEVANT = {"image_size", "pipeline", "batch_size", "eval_batch_size", "workers", "label_cache"}
@@ -136,15 +137,22 @@ def _exact(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- filling ---------------------------------------------------------------------------------------
 
 
-def prepare(spec: DatasetSpec, splits: Sequence[str] | None = None, workers: int = 0) -> dict[str, Any]:
-    """Decode the slow labels of some splits (by default all) into the cache, in some more processes.
+def prepare(
+    spec: DatasetSpec,
+    splits: Sequence[str] | None = None,
+    workers: int = 0,
+    tasks: Mapping[str, Task] | None = None,
+) -> dict[str, Any]:
+    """Decode the slow labels of some splits and tasks (by default all) into the cache.
 
-    Returns folder, labels, counts per split and problems. Raises ConfigError if nothing is to be kept.
+    ``workers`` more processes help. Returns folder, labels, counts per split and problems. Raises
+    ConfigError if nothing is to be kept.
     """
     folder = label_folder(spec)
     if folder is None:
         raise ConfigError("no labels are kept", where=f"data.{spec.type}.label_cache", got="never")
-    dense = [name for name, task in spec.labels().items() if task.dense and not task.of_image]
+    chosen = spec.labels() if tasks is None else tasks
+    dense = [name for name, task in chosen.items() if task.dense and not task.of_image]
     names = [name for name in dense if spec.label_cache != "auto" or name in spec.SLOW]
     folder.mkdir(parents=True, exist_ok=True)
     counts, problems = {}, list[str]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -81,7 +81,7 @@ class Cityscapes(DatasetSpec):
         self.check_split(split)
         folders = [f"leftImg8bit/{split}", f"gt{self.annotation.title()}/{split}"]
         check_folders(self.root, folders, _ARCHIVE)
-        found = sorted((self.root / folders[0]).glob("*/*_leftImg8bit.png"))
+        found = sorted((self.root / folders[0]).glob("*/[!.]*_leftImg8bit.png"))
         if not found:
             raise DatasetNotFoundError("no images", where=str(self.root / folders[0]), hint=_ARCHIVE)
         return [self._record(split, path) for path in found]
@@ -91,6 +91,12 @@ class Cityscapes(DatasetSpec):
         if name == "image":
             return torch.from_numpy(read_picture(record.files[name], "RGB")).permute(2, 0, 1)
         return torch.from_numpy(self._semseg(record.files) if name == "semseg" else self._depth(record.files))
+
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
+        """Labels without an image."""
+        known = {record.files["semseg"] for record in self.records(split)}
+        found = sorted(self.root.glob(f"gt{self.annotation.title()}/{split}/*/[!.]*_labelIds.png"))
+        return [f"{path}: there is no image for it; {_ARCHIVE}" for path in found if path not in known]
 
     # --- files -------------------------------------------------------------------------------------
 

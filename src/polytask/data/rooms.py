@@ -10,7 +10,7 @@ import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -157,7 +157,7 @@ class Rooms(DatasetSpec):
         counts = semseg.flatten().bincount(minlength=len(CLASSES))
         return (counts[1:] * _VISIBLE >= semseg.numel()).to(torch.uint8)
 
-    def audit(self, split: str) -> list[str]:
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
         """Files of the cache that differ from what was rendered."""
         folder = self.folder(split)
         return [

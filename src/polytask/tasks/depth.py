@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polytask.config import register
 from polytask.data.maps import ValueMap
+from polytask.errors import DataError
 from polytask.losses import masked_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.depth import DepthError
@@ -42,7 +43,11 @@ class Depth(Task):
         return 1
 
     def encode(self, raw: Tensor) -> ValueMap:
-        return ValueMap(finite(raw)[None])
+        depth = finite(raw)
+        if depth.min() < 0:
+            what = f"depth map with {int((depth < 0).sum())} negative values"
+            raise DataError(what, got=f"{float(depth.min()):g}", expected="0 where invalid")
+        return ValueMap(depth[None])
 
     def unknown(self, height: int, width: int) -> Tensor:
         return torch.zeros(height, width)

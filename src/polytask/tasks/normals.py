@@ -11,10 +11,29 @@ from torch import Tensor
 
 from polytask.config import register
 from polytask.data.maps import VectorMap
+from polytask.errors import DataError
 from polytask.losses import normals_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.normals import AngularError, unit_vectors
 from polytask.tasks.base import Task, finite, identity
+
+_ZERO, _MEAN, _MOST = 0.02, (0.5, 1.5), 2.0
+"""Length up to which a vector is zero (0.007 in 8-bit colors), bounds of the mean length, and the greatest.
+
+Wide, as outputs of networks and interpolated vectors are some percent off, and holes that are black in a
+picture of colors have 1.73.
+"""
+
+
+def about_unit(vectors: Tensor, where: str | None = None) -> Tensor:
+    """The vectors ``[H, W, 3]``; raises DataError if they cannot be meant to have unit length (or zero)."""
+    length = vectors.square().sum(-1).sqrt()
+    length = length[length > _ZERO]
+    if length.numel() and not (_MEAN[0] <= length.mean() <= _MEAN[1] and length.max() <= _MOST):
+        got = f"{length.mean():.3g} on average, up to {length.max():.3g}"
+        expected = "vectors of length 1, or 0 where invalid"
+        raise DataError("normals of another length", where=where, got=got, expected=expected)
+    return vectors
 
 
 @register("task")
@@ -41,7 +60,7 @@ class Normals(Task):
         return 3
 
     def encode(self, raw: Tensor) -> VectorMap:
-        return VectorMap(finite(raw, 3).permute(2, 0, 1).contiguous())
+        return VectorMap(about_unit(finite(raw, 3)).permute(2, 0, 1).contiguous())
 
     def unknown(self, height: int, width: int) -> Tensor:
         return torch.zeros(height, width, 3)

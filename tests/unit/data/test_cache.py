@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from polytask.data import cache
-from polytask.data.base import verify
 from polytask.data.cache import label_folder, prepare, read_cached
 from polytask.data.pascal_context import PascalContext
 from polytask.data.rooms import Rooms
+from polytask.data.verification import verify
 from polytask.errors import ConfigError, DataError, PolytaskWarning
 from polytask.tasks.base import TaskSet
 from tests.data.pascal_mt import write_pascal_mt

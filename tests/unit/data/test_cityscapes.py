@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from polytask.config import decode
-from polytask.data.base import verify
 from polytask.data.cityscapes import CATEGORIES, CLASSES, Cityscapes
+from polytask.data.verification import verify
 from polytask.errors import ConfigError, DataError, DatasetNotFoundError
 from tests.data.cityscapes import BASELINE, FOCUS, NAMES, ONLY_IN_CATEGORIES, Street, write_cityscapes
 

@@ -14,9 +14,9 @@ from scipy.io import savemat
 
 from polytask.config import decode
 from polytask.data import files
-from polytask.data.base import verify
 from polytask.data.pascal_context import PART_NAMES, WITH_NORMALS, PascalContext, boundaries
 from polytask.data.thinning import contours, thin
+from polytask.data.verification import verify
 from polytask.errors import DataError, DatasetNotFoundError, MissingDependencyError
 from polytask.tasks.base import TaskSet
 from tests.data.pascal_mt import OUTDOORS, Photo, write_pascal_mt
@@ -192,7 +192,7 @@ def test_list_that_names_an_absent_photo(written: Written) -> None:
     spec, _ = written
     (spec.root / "JPEGImages" / "2008_000003.jpg").unlink()
     with pytest.raises(DatasetNotFoundError, match=r"val\.txt.*1 of 3 listed photos.*2008_000003"):
-        spec.records("val")
+        spec.open("val", TaskSet(spec.TASKS), train=False)
 
 
 @pytest.mark.parametrize("content", [None, "", b"\xff\xfe\xff"])
