@@ -27,10 +27,12 @@ picture of colors have 1.73.
 
 def about_unit(vectors: Tensor, where: str | None = None) -> Tensor:
     """The vectors ``[H, W, 3]``; raises DataError if they cannot be meant to have unit length (or zero)."""
-    length = vectors.square().sum(-1).sqrt()
-    length = length[length > _ZERO]
-    if length.numel() and not (_MEAN[0] <= length.mean() <= _MEAN[1] and length.max() <= _MOST):
-        got = f"{length.mean():.3g} on average, up to {length.max():.3g}"
+    x, y, z = vectors.unbind(-1)
+    length = (x * x + y * y + z * z).sqrt()
+    present = length > _ZERO
+    mean, most = (length * present).sum() / present.sum().clamp_min(1), length.max()
+    if present.any() and not (_MEAN[0] <= mean <= _MEAN[1] and most <= _MOST):
+        got = f"{mean:.3g} on average, up to {most:.3g}"
         expected = "vectors of length 1, or 0 where invalid"
         raise DataError("normals of another length", where=where, got=got, expected=expected)
     return vectors
