@@ -9,18 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from polytask.comparison import Comparison
 from polytask.engine.launch import train
 from polytask.engine.trainer import check_folder
 from polytask.errors import ConfigError, PolytaskError, did_you_mean
 from polytask.recipe import Recipe, load_recipe, recipe_folder, shipped_recipes
-from polytask.report import Comparison, write_report
+from polytask.report import make_report
 
 DEMO = "rooms/demo"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of a study: its recipe, its folder, whether there is something to resume, whether it is complete."""
+    """A run of a study: its recipe, its folder, whether there is something to resume, whether it is done."""
 
     recipe: Recipe
     run: Path
@@ -59,8 +60,8 @@ def run_study(
         title: of the page.
 
     Raises:
-        ConfigError: no such folder, no recipe in it, a seed named twice, two recipes of one name, the folder of
-            a run holds one of another recipe, or several processes. Nothing is trained then.
+        ConfigError: no such folder, no recipe in it, a seed named twice, two recipes of one name, the folder
+            of a run holds one of another recipe, or several processes. Nothing is trained then.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         hint = "give torchrun single recipes with `train`, and compare the runs with `compare`"
@@ -69,9 +70,12 @@ def run_study(
     failed = _train_all(planned, say)
     finished = [one.run for one in planned if one.run not in failed]
     name = str(folder).removeprefix("recipes/").rstrip("/")
-    page = output / "report.html"
-    comparison = write_report(finished, page, title=title or f"polytask study: {name}") if finished else None
-    return Study(comparison, failed)
+    if not finished:
+        return Study(None, failed)
+    report = make_report(finished)
+    report.write_page(output / "report.html", title or f"polytask study: {name}")
+    report.write_files(output)
+    return Study(report.comparison, failed)
 
 
 def _plan(folder: Path | str, output: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[Planned]:
