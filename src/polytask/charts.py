@@ -71,12 +71,12 @@ class _Axes:
         )
 
     def _x_ticks(self) -> list[float]:
+        low, high = self.x
         if not self.logarithmic:
-            return ticks(*self.x)
-        decades = range(math.floor(self.x[0]), math.ceil(self.x[1]) + 1)
-        return [
-            m * 10.0**k for k in decades for m in (1, 2, 5) if self.x[0] <= math.log10(m) + k <= self.x[1]
-        ]
+            return ticks(low, high, 3)
+        if high - low < 1:
+            return ticks(10**low, 10**high, 3)
+        return [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
 
     def parts(self, title: str, x_label: str) -> list[str]:
         """The beginning of a picture with title, grid and numbers."""
@@ -94,11 +94,11 @@ class _Axes:
         return [*parts, _text((self.left + self.right) / 2, self.size[1] - 4, x_label, "middle")]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About so many round numbers from low to high."""
-    rough = (high - low) / count
-    size = 10 ** math.floor(math.log10(rough))
-    step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= rough * 0.999)
+def ticks(low: float, high: float, least: int = 4) -> list[float]:
+    """Round numbers from low to high, so many or up to thrice that."""
+    rough = (high - low) / least
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = max(factor for factor in (1, 2, 5) if factor * size <= rough) * size
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -180,7 +180,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def trade_off(marks: Sequence[Mark], title: str, x_label: str, width: int = 560, height: int = 340) -> str:
     """Marks with x to a logarithmic scale; the Pareto front (small x, large y) is filled, joined and named.
 
-    Up to a dozen marks are all named.
+    Up to a dozen marks are all named. Those named show their standard deviation.
     """
     sides = [min(mark.x for mark in marks) / 1.1, max(mark.x for mark in marks) * 1.1]
     ends = [mark.y + side * (mark.spread or 0.0) for mark in marks for side in (-1, 1)]
@@ -199,13 +199,13 @@ def _point(axes: _Axes, mark: Mark, *, filled: bool, named: bool) -> list[str]:
     (x, y), (_, low), (_, high) = (axes.place(mark.x, mark.y + side * spread) for side in (0, -1, 1))
     fill = mark.color if filled else "#ffffff"
     parts = [
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{mark.color}"/>',
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{mark.color}" stroke-width="1.5">'
         f"<title>{escape(mark.name)}</title></circle>",
     ]
     if named:
+        bar = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{mark.color}"/>'
         side, anchor = (-7, "end") if x > 0.7 * axes.right else (7, "start")
-        parts.append(_text(x + side, y - 5, mark.name, anchor))
+        parts = [bar, *parts, _text(x + side, y - 5, mark.name, anchor)]
     return parts
 
 

@@ -6,11 +6,12 @@ import math
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 
@@ -146,7 +147,7 @@ def _charts(groups: Sequence[Group], comparison: Comparison, colors: Mapping[str
     charts["conflict"] = _curves(groups, colors, "step", "stat/conflict", title)
     pairs = [*combinations(tasks, 2)]
     for a, b in pairs if len(pairs) <= _MAX_COSINES else []:
-        title = f"cosine of the gradients of {a} and {b}"
+        title = f"cosine of gradients: {a}, {b}"
         charts[f"cosine-{a}-{b}"] = _curves(groups, colors, "step", f"stat/cos/{a}~{b}", title)
     return {name: svg for name, svg in charts.items() if svg}
 
@@ -175,8 +176,8 @@ def _logged(group: Group, kind: str, key: str) -> list[tuple[float, float]]:
 
 def _means(points: list[tuple[float, float]], bins: int) -> list[tuple[float, float]]:
     """Means of runs of points, so that a noisy curve can be read."""
-    size = -(-len(points) // bins) or 1
-    pieces = [points[i : i + size] for i in range(0, len(points), size)]
+    edges = np.linspace(0, len(points), min(bins, len(points)) + 1).round().astype(int).tolist()
+    pieces = [points[start:end] for start, end in pairwise(edges)]
     return [(piece[-1][0], sum(y for _, y in piece) / len(piece)) for piece in pieces]
 
 
