@@ -76,7 +76,9 @@ class _Axes:
             return ticks(low, high, 3)
         if high - low < 1:
             return ticks(10**low, 10**high, 3)
-        return [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
+        steps = (1, 2, 5) if high - low < 3 else (1,)
+        decades = range(math.floor(low), math.floor(high) + 1)
+        return [step * 10.0**k for k in decades for step in steps if low <= math.log10(step) + k <= high]
 
     def parts(self, title: str, x_label: str) -> list[str]:
         """The beginning of a picture with title, grid and numbers."""
@@ -204,8 +206,9 @@ def _point(axes: _Axes, mark: Mark, *, filled: bool, named: bool) -> list[str]:
     ]
     if named:
         bar = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{mark.color}"/>'
-        side, anchor = (-7, "end") if x > 0.7 * axes.right else (7, "start")
-        parts = [bar, *parts, _text(x + side, y - 5, mark.name, anchor)]
+        left = x > 0.7 * axes.right  # above or below, where the front, which ascends, does not run
+        name = _text(x - 7, y - 6, mark.name, "end") if left else _text(x + 7, y + 13, mark.name)
+        parts = [bar, *parts, name]
     return parts
 
 

@@ -49,9 +49,10 @@ def print_comparison(comparison: Comparison) -> None:
 
 def markdown(comparison: Comparison) -> str:
     """The table of a comparison for a page of documentation, largest Δm first, and what its columns mean."""
-    heads, rows = _heads(comparison), comparison.ranked()
-    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *(_cells(row, comparison) for row in rows)]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    heads, cells = _heads(comparison), [_cells(row, comparison) for row in comparison.ranked()]
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *cells]
+    shown = [[cell.replace("|", "\\|") for cell in line[:-2]] for line in lines]  # parameters and time: no
+    text = "\n".join(f"| {' | '.join(line)} |" for line in shown)
     return f"{text}\n\n{NOTE}\n"
 
 
@@ -65,7 +66,7 @@ NOTE = (
 
 def _heads(comparison: Comparison) -> list[str]:
     heads = [f"{task} {metric} {'↑' if up else '↓'}" for task, (metric, up) in comparison.tasks.items()]
-    costs = ["ms/step", "conflict", "trainable M", "parameters M", "GMACs", "train s"]
+    costs = ["ms/step", "conflict", "trainable M", "GMACs", "parameters M", "train s"]
     return ["run", "seeds", *heads, "Δm %", *costs]
 
 
@@ -78,8 +79,8 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
         number(row.step_ms, ".1f"),
         number(row.conflict, ".2f"),
         f"{row.trainable / 1e6:.3f}",
-        f"{row.total / 1e6:.3f}",
         f"{row.macs / 1e9:.3f}",
+        f"{row.total / 1e6:.3f}",
         f"{row.train_seconds:.0f}",
     ]
 
