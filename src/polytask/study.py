@@ -60,8 +60,9 @@ def run_study(
         title: of the page.
 
     Raises:
-        ConfigError: no such folder, no recipe in it, a seed named twice, two recipes of one name, the folder
-            of a run holds one of another recipe, or several processes. Nothing is trained then.
+        ConfigError: no such folder, no recipe in it, a seed named twice, two recipes of one name or with
+            tasks that cannot be compared, the folder of a run holds one of another recipe, or several
+            processes. Nothing is trained then.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         hint = "give torchrun single recipes with `train`, and compare the runs with `compare`"
@@ -90,7 +91,19 @@ def _plan(folder: Path | str, output: Path, seeds: Sequence[int], overrides: Seq
     if times > 1:
         hint = "give every recipe a `name` of its own"
         raise ConfigError(f"{times} recipes have the name {name!r}", where=str(folder), hint=hint)
+    _check_tasks(recipes[: len(files)], str(folder))
     return [_planned(recipe, output / name) for recipe, name in zip(recipes, names, strict=True)]
+
+
+def _check_tasks(recipes: Sequence[Recipe], where: str) -> None:
+    """What could not be compared in the end is not trained at all."""
+    tasks = {recipe.name: ", ".join(sorted(recipe.tasks)) for recipe in recipes}
+    several = {name: of for name, of in tasks.items() if "," in of}
+    single = Counter(of for of in tasks.values() if "," not in of)
+    if len(set(several.values())) > 1 or any(times > 1 for times in single.values()):
+        got = "; ".join(f"{name}: {of}" for name, of in tasks.items())
+        expected = "the same tasks in all recipes with several, and at most one recipe with each task alone"
+        raise ConfigError("recipes cannot be compared", where=where, got=got, expected=expected)
 
 
 def recipe_files(folder: Path) -> list[Path]:

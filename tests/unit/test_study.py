@@ -119,10 +119,12 @@ def test_failed_runs_do_not_stop_the_others(
 
 
 def test_nothing_finished(folder: Path, tmp_path: Path, news: list[str]) -> None:
+    for name in ("both", "scene"):
+        (folder / f"{name}.yaml").unlink()
     overrides = [f"data={{type: pascal_context, root: {tmp_path}, image_size: 32}}", "tasks=[semseg]"]
     found = run_study(folder, tmp_path / "out", news.append, overrides=overrides)
     assert found.comparison is None
-    assert {run.name for run in found.failed} == set(TASKS)
+    assert {run.name for run in found.failed} == {"depth"}
     assert all(error.exit_code == 3 for error in found.failed.values())
     assert not (tmp_path / "out").exists()
 
@@ -141,6 +143,10 @@ def test_what_is_refused_before_training(
     refused("a seed is named twice.*got '1 1'", seeds=[1, 1])
     refused("rnak", overrides=["model.adapter.rnak=3"])
     refused("3 recipes have the name 'x'", overrides=["name=x"])
+    refused("recipes cannot be compared.*both: depth; depth: depth", overrides=["tasks=[depth]"])
+    add(folder, "three", tasks=["depth", "scene", "semseg"])
+    refused("recipes cannot be compared.*three: depth, scene, semseg")
+    (folder / "three.yaml").unlink()
     shutil.copytree(trained, out / "scene", symlinks=True)
     refused("started with another recipe")
     monkeypatch.setenv("WORLD_SIZE", "2")
