@@ -75,6 +75,28 @@ class Run:
         """Lines of ``metrics.jsonl``."""
         return read_log(self.path / "metrics.jsonl")
 
+    @cached_property
+    def step_seconds(self) -> float | None:
+        """Mean time of a training step: CPU seconds of all threads if trained on CPU, else seconds passed.
+
+        The first step, which warms up, does not count; None with fewer than two.
+        """
+        steps = [line for line in self.log if line["kind"] == "step"]
+        on_cpu = self.cost["device"] == "cpu" and all("cpu_seconds" in line for line in steps)
+        key = "cpu_seconds" if on_cpu else "seconds"
+        return (steps[-1][key] - steps[0][key]) / (len(steps) - 1) if len(steps) > 1 else None
+
+    @cached_property
+    def conflict(self) -> float | None:
+        """Part of the pairs of tasks whose gradients opposed each other: mean of the steps that compared."""
+        found = [line["stat/conflict"] for line in self.log if "stat/conflict" in line]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def balancer(self) -> str:
+        """What a step of the balancer costs, in one line."""
+        return next((line["balancer"] for line in self.log if "balancer" in line), "-")
+
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
         try:

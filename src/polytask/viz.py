@@ -1,13 +1,11 @@
-"""Pictures: prediction panels as PNG, learning curves as SVG."""
+"""Pictures: prediction panels and contact sheets."""
 
 from __future__ import annotations
 
 import base64
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +22,6 @@ from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
 
 GAP, LABEL_HEIGHT = 4, 16
-COLORS = (
-    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee",
-    "#aa3377", "#e69f00", "#000000", "#882255", "#999999",
-)  # fmt: skip
 
 
 def to_picture(image: Tensor, pipeline: Pipeline) -> np.ndarray:
@@ -109,69 +103,6 @@ def data_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    color: str
-
-
-def chart(curves: Sequence[Curve], title: str, x_label: str, width: int = 380, height: int = 240) -> str:
-    """A line chart as SVG text; empty if there is nothing finite to draw."""
-    points = [p for curve in curves for p in curve.points if np.isfinite(p[1])]
-    if not points:
-        return ""
-    left, right, top, bottom = 46, 8, 24, 32
-    (x0, x1), (y0, y1) = (_span([p[i] for p in points]) for i in (0, 1))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - x0) / (x1 - x0) * (width - left - right),
-            height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom),
-        )
-
-    title, x_label = escape(title), escape(x_label)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{title}">'
-    ]
-    parts.append(f'<text x="{left}" y="14" class="title">{title}</text>')
-    for tick in np.linspace(y0, y1, 5):
-        _, y = place(x0, float(tick))
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" class="tick" text-anchor="end">{tick:.3g}</text>')
-    for tick in np.linspace(x0, x1, 5):
-        x, _ = place(float(tick), y0)
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - 18}" class="tick" text-anchor="middle">{tick:.4g}</text>'
-        )
-    parts.append(
-        f'<text x="{(left + width) / 2}" y="{height - 4}" class="tick" text-anchor="middle">{x_label}</text>'
-    )
-    for curve in curves:
-        path = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in curve.points if np.isfinite(p[1]))
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{curve.color}" stroke-width="1.8">'
-            f"<title>{escape(curve.name)}</title></polyline>"
-        )
-    return "".join([*parts, "</svg>"])
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def legend(names: Mapping[str, str]) -> str:
-    """Colored names (name -> color) as HTML."""
-    return " ".join(
-        f'<span class="key"><i style="background:{color}"></i>{escape(name)}</span>'
-        for name, color in names.items()
-    )
 
 
 def contact_sheet(spec: DatasetSpec, split: str, count: int, tasks: TaskSet | None = None) -> Image.Image:

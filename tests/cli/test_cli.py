@@ -25,6 +25,7 @@ VERBS = (
     "predict",
     "profile",
     "compare",
+    "study",
     "list",
     "show",
     "demo",
@@ -148,7 +149,7 @@ def test_compare(call: Call, recipe_file: Write, rooms: Path, tmp_path: Path) ->
     runs = []
     for name, tasks in (("both", "[depth, scene]"), ("one", "[depth]"), ("two", "[scene]")):
         runs.append(tmp_path / name)
-        changes = ["--set", f"tasks={tasks}", "--set", f"name={name}", "--set", "phases.0.steps=1"]
+        changes = ["--set", f"tasks={tasks}", "--set", f"name={name}", "--set", "phases.0.steps=2"]
         assert call("train", recipe_file(), "--output", runs[-1], *changes)[0] == 0
     code, out, err = call("compare", *runs)
     assert (code, out) == (0, "")

@@ -1,10 +1,9 @@
-"""Pictures and charts."""
+"""Pictures."""
 
 from __future__ import annotations
 
 import base64
 import io
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,9 @@ from polytask.data.pipelines import Plain
 from polytask.errors import ConfigError, DataError
 from polytask.tasks import Classification, Depth, Segmentation
 from polytask.viz import (
-    Curve,
-    chart,
     contact_sheet,
     data_uri,
     grid,
-    legend,
     save_picture,
     task_picture,
     text_picture,
@@ -63,34 +59,6 @@ def test_picture_in_a_page() -> None:
     kind, _, data = uri.partition(",")
     assert kind == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (3, 2)
-
-
-def test_chart_is_valid_whatever_the_names() -> None:
-    curves = [
-        Curve("a<b & 'c'", [(0, 1.0), (10, float("nan")), (20, 3.0)], "#123456"),
-        Curve("flat", [(5, 2.0)], "red"),
-    ]
-    svg = chart(curves, 'mIoU <& "best">', "step & more")
-    root = ET.fromstring(svg)
-    lines = [element for element in root.iter() if element.tag.endswith("polyline")]
-    assert len(lines) == 2
-    assert len(lines[0].attrib["points"].split()) == 2  # what is not finite is left out
-    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
-    assert "a<b & 'c'" in titles
-
-
-def test_nothing_to_draw() -> None:
-    assert chart([], "t", "x") == ""
-    assert chart([Curve("a", [(1, float("inf"))], "red")], "t", "x") == ""
-
-
-def test_flat_and_single_points() -> None:
-    for points in ([(1, 1.0)], [(0, 2.0), (1, 2.0)], [(0, 0.0)]):
-        assert "polyline" in chart([Curve("a", points, "red")], "t", "x")
-
-
-def test_legend_escapes() -> None:
-    assert "a&lt;b" in legend({"a<b": "red"})
 
 
 def test_contact_sheet(small: Make, rooms: Path) -> None:
