@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -128,3 +129,15 @@ def test_mean_of_batches_depends_on_them() -> None:
     metric.update(prediction[5:], target[5:])
     parts = [metrics.DepthError().of(prediction[s], target[s])["rmse"] for s in (slice(5), slice(5, None))]
     assert metric.compute()["rmse"] == pytest.approx(sum(parts) / 2, rel=1e-12)
+
+
+def test_mean_of_batches_leaves_out_those_without_anything_valid() -> None:
+    prediction, target = meters(torch.Generator().manual_seed(0))
+    metric, some = metrics.MeanOfBatches(metrics.DepthError()), metrics.MeanOfBatches(metrics.DepthError())
+    metric.update(prediction[:1], torch.zeros_like(target[:1]))
+    assert all(math.isnan(value) for value in metric.compute().values())
+    for batch in (slice(3), slice(3, None)):
+        metric.update(prediction[batch], torch.zeros_like(target[batch]))
+        metric.update(prediction[batch], target[batch])
+        some.update(prediction[batch], target[batch])
+    assert metric.compute() == some.compute() and math.isfinite(some.compute()["rmse"])

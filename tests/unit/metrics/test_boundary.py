@@ -82,6 +82,16 @@ def test_images_without_boundaries() -> None:
     assert all(math.isnan(v) for v in metric.of(ridge(), torch.full_like(none, 255)).values())
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 40), (40, 1), (1, 1), (2, 40)])
+def test_maps_that_are_all_border(height: int, width: int) -> None:
+    edges = line()[..., :height, 20 - width // 2 : 20 + width - width // 2]
+    found = BoundaryScore(0.1).of(torch.ones(1, height, width), edges)
+    assert found["odsF"] == 0 and edges.any()
+    alone = torch.full((1, 1, 40, 40), 255)
+    alone[..., 5:6, 10:30] = line()[..., 5:6, 10:30]  # one row has labels
+    assert BoundaryScore(0.1).of(ridge(), alone)["odsF"] == 0
+
+
 def test_probabilities_are_those_of_a_file() -> None:
     written = (ridge() * 255).to(torch.uint8)
     metric = BoundaryScore()
