@@ -82,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "eval", _eval, "score a trained run", "polytask eval runs/mtlora --split test")
     evaluate.add_argument("--split", help="default: the split evaluated in training")
     evaluate.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="settings")
-    predict = _verb(verbs, "predict", _predict, "predict for own images",
-                    "polytask predict runs/mtlora photo.jpg")  # fmt: skip
+    evaluate.add_argument("--quick", action="store_true", help="leave out scores that take long, such as odsF")
+    predict = _verb(verbs, "predict", _predict, "predict for images", "polytask predict runs/mtlora x.jpg")
     for verb in (evaluate, predict):
         verb.add_argument("run", type=Path)
         verb.add_argument("--checkpoint", default="last", choices=("last", "best"))
@@ -119,9 +119,9 @@ def _verb(verbs: Any, name: str, run: Verb, text: str, example: str) -> argparse
     return added
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number from 0 on is needed, got {text!r}")
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, got {text!r}")
     return int(text)
 
 
@@ -141,7 +141,7 @@ def _data_verbs(verbs: Any) -> None:
     look = _verb(data, "preview", _data_preview, "contact sheet of samples with all labels",
                  "polytask data preview rooms --output rooms.png")  # fmt: skip
     look.add_argument("--output", type=Path, default=Path("preview.png"))
-    look.add_argument("--count", type=_count, default=6, help="how many samples")
+    look.add_argument("--count", type=lambda text: _count(text, 1), default=6, help="how many samples")
     keep = _verb(data, "prepare", _data_prepare, "decode slow labels once and keep them in the cache",
                  "polytask data prepare pascal_context DIR")  # fmt: skip
     keep.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes that share the work")
@@ -155,7 +155,7 @@ def _data_verbs(verbs: Any) -> None:
         verb.add_argument("root", nargs="?", help="folder of the dataset")
     for verb in (export, pack):
         verb.add_argument("out", type=Path, help="folder to make")
-        verb.add_argument("--count", type=_count, help="at most so many samples per split, or per tar file")
+        verb.add_argument("--count", type=lambda text: _count(text, 1), help="at most so many per split, or tar")
     for verb in (check, look, keep, export, pack):
         verb.add_argument("--set", action="append", default=[], metavar="A=V", dest="sets", help="a setting")
         verb.add_argument("--split", help="default: all, or the first (preview)")
@@ -224,7 +224,8 @@ def _eval(args: argparse.Namespace) -> int:
     from polytask.runs import Run, score
     from polytask.tables import print_scores
 
-    scores = score(Run(args.run, tuple(args.sets)), checkpoint=args.checkpoint, split=args.split)
+    options = {"checkpoint": args.checkpoint, "split": args.split, "final": not args.quick}
+    scores = score(Run(args.run, tuple(args.sets)), **options)
     print_scores(scores)
     return _done(args, {"run": str(args.run), "scores": scores})
 
@@ -316,8 +317,7 @@ def _problems(args: argparse.Namespace, result: dict[str, Any]) -> int:
 def _data_preview(args: argparse.Namespace) -> int:
     from polytask.viz import contact_sheet, save_picture
 
-    spec = _dataset(args)
-    save_picture(contact_sheet(spec, args.split or spec.split_names()[0], max(args.count, 1)), args.output)
+    save_picture(contact_sheet(_dataset(args), args.split, args.count), args.output)
     say(f"preview: {args.output}")
     return _done(args, {"preview": str(args.output)})
 

@@ -30,6 +30,8 @@ class Metric(ABC):
 
     ROWS: ClassVar[frozenset[str]] = frozenset()
     """Entries of the state that hold rows, ``[n, …]`` with n = 0 in ``zeros()``."""
+    FINAL: ClassVar[bool] = False
+    """Whether it takes too long for evaluations during training, so that only ``polytask eval`` has it."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = self.zeros()

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from polytask.data.nyud import Nyud
 from polytask.data.thinning import contours, thin
 from polytask.metrics.boundary import BoundaryScore, boundary_counts, suppress
-from polytask.tasks.edge import Edge
+from polytask.metrics.edge import BoundaryF
+from polytask.tasks.edge import Boundary, Edge
 
 
 def ridge(size: int = 40, column: float = 20.0, height: float = 0.9) -> Tensor:
@@ -98,8 +100,11 @@ def test_probabilities_are_those_of_a_file() -> None:
     assert metric.of(written.float() / 255, line()) == metric.of(ridge(), line())
 
 
-def test_task_scores_it_on_request() -> None:
-    assert len(Edge().metrics()) == 1
+def test_task_scores_it_in_the_end() -> None:
+    assert [type(metric) for metric in Edge().accumulators()] == [BoundaryF]
+    assert [type(metric) for metric in Edge().accumulators(final=True)] == [BoundaryF, BoundaryScore]
+    assert len(Edge(boundary=None).accumulators(final=True)) == 1
     metric = Edge.model_validate({"boundary": {"max_dist": 0.011, "truth": "contours"}}).metrics()[1]
     assert isinstance(metric, BoundaryScore) and (metric.max_dist, metric.truth) == (0.011, "contours")
-    assert isinstance(Edge.model_validate({"boundary": {}}).metrics()[1], BoundaryScore)
+    nyud = Nyud.TASKS["edge"]
+    assert isinstance(nyud, Edge) and nyud.boundary == Boundary(max_dist=0.011, truth="contours")
