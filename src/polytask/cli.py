@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "eval", _eval, "score a trained run", "polytask eval runs/mtlora --split test")
     evaluate.add_argument("--split", help="default: the split evaluated in training")
     evaluate.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="settings")
-    evaluate.add_argument("--quick", action="store_true", help="leave out scores that take long, such as odsF")
+    evaluate.add_argument("--quick", action="store_true", help="leave out scores that take long (odsF)")
     predict = _verb(verbs, "predict", _predict, "predict for images", "polytask predict runs/mtlora x.jpg")
     for verb in (evaluate, predict):
         verb.add_argument("run", type=Path)
@@ -155,7 +155,7 @@ def _data_verbs(verbs: Any) -> None:
         verb.add_argument("root", nargs="?", help="folder of the dataset")
     for verb in (export, pack):
         verb.add_argument("out", type=Path, help="folder to make")
-        verb.add_argument("--count", type=lambda text: _count(text, 1), help="at most so many per split, or tar")
+        verb.add_argument("--count", type=lambda text: _count(text, 1), help="most samples per split or tar")
     for verb in (check, look, keep, export, pack):
         verb.add_argument("--set", action="append", default=[], metavar="A=V", dest="sets", help="a setting")
         verb.add_argument("--split", help="default: all, or the first (preview)")

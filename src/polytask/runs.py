@@ -115,9 +115,7 @@ class Run:
         return model.to(device or choose_device("auto")).eval()
 
 
-def score(
-    run: Run, *, checkpoint: str = "last", split: str | None = None, final: bool = True
-) -> Scores:
+def score(run: Run, *, checkpoint: str = "last", split: str | None = None, final: bool = True) -> Scores:
     """Scores of a trained run on a split (default: the one evaluated in training).
 
     With ``final`` there are those that take long too, which training leaves out.

@@ -57,7 +57,7 @@ def print_comparison(comparison: Comparison) -> None:
         ]
         for row in comparison.rows
     ]
-    table("comparison", ["run", *heads, "Δm %", "trainable M", "parameters M", "GMACs", "train s"], rows)
+    table("comparison", ["run", *heads, "Δm % ↑", "trainable M", "parameters M", "GMACs", "train s"], rows)
 
 
 def print_cost(figures: Mapping[str, object]) -> None:

@@ -177,7 +177,7 @@ def legend(names: Mapping[str, str]) -> str:
 
 
 def contact_sheet(spec: DatasetSpec, split: str | None, count: int) -> Image.Image:
-    """Samples of a split (default: the first) with all labels laid over them, one row each, as they are stored.
+    """Samples of a split (default: the first) as they are stored, with all labels laid over them, a row each.
 
     Raises:
         ConfigError: unknown split.

@@ -106,6 +106,31 @@ def paired(mine: Metric, other: Metric, kind: str) -> Callable[[Tensor], Tensor]
     return lambda tensor: tensor + next(flat)
 
 
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], dict[str, float]]] = {
+    "MeanIoU": lambda p, t: metrics.segmentation_scores(p, t, "abcd"),
+    "SaliencyIoU": metrics.saliency_iou,
+    "MaxF": lambda p, t: metrics.max_f(p, t, 255),
+    "BoundaryF": metrics.boundary_f,
+    "BoundaryScore": lambda p, t: metrics.boundary_score(p, t, 0.1, thresholds=(0.2, 0.5, 0.8)),
+    "AngularError": metrics.angular_error,
+    "DepthError": metrics.depth_error,
+    "Accuracy": metrics.accuracy,
+    "AttributeF1": metrics.attribute_f1,
+    "Retrieval": metrics.retrieval_scores,
+    "ImageError": metrics.image_error,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_metric_has_a_function(name: str) -> None:
+    make, draw = CASES[name]
+    prediction, target = draw(torch.Generator().manual_seed(0))
+    before = prediction.clone(), target.clone()
+    found = FUNCTIONS[name](prediction, target)
+    assert found == pytest.approx(make().of(prediction, target), nan_ok=True)
+    assert torch.equal(prediction, before[0]) and torch.equal(target, before[1])
+
+
 def test_all_metrics_are_covered() -> None:
     public = {name for name in metrics.__all__ if isinstance(getattr(metrics, name), type)}
     assert public - CASES.keys() == {"Metric", "MeanOfBatches"}

@@ -59,9 +59,7 @@ class Nyud(DatasetSpec):
         "semseg": Segmentation(classes=CLASSES),
         "depth": Depth(),
         "normals": Normals(weight=10.0),
-        "edge": Edge(
-            positive_weight=0.95, weight=50.0, boundary=Boundary(max_dist=0.011, truth="contours")
-        ),
+        "edge": Edge(positive_weight=0.95, weight=50.0, boundary=Boundary(max_dist=0.011, truth="contours")),
     }
 
     def records(self, split: str) -> list[Record]:
