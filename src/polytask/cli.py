@@ -124,7 +124,8 @@ def _eval(args: argparse.Namespace) -> int:
     from polytask.runs import Run, score
     from polytask.tables import print_scores
 
-    scores = score(Run(args.run, tuple(args.sets)), checkpoint=args.checkpoint, split=args.split)
+    options = {"checkpoint": args.checkpoint, "split": args.split, "final": not args.quick}
+    scores = score(Run(args.run, tuple(args.sets)), **options)
     print_scores(scores)
     return _done(args, {"run": str(args.run), "scores": scores})
 
@@ -220,8 +221,7 @@ def _data_preview(args: argparse.Namespace) -> int:
     from polytask.viz import contact_sheet, save_picture
 
     spec, tasks = _dataset(args)
-    split = args.split or spec.split_names()[0]
-    save_picture(contact_sheet(spec, split, max(args.count, 1), tasks), args.output)
+    save_picture(contact_sheet(spec, args.split, args.count, tasks), args.output)
     say(f"preview: {args.output}")
     return _done(args, {"preview": str(args.output)})
 

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "eval", "score a trained run", "polytask eval runs/mtlora --split test")
     evaluate.add_argument("--split", help="default: the split evaluated in training")
     evaluate.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="settings")
+    evaluate.add_argument("--quick", action="store_true", help="leave out scores that take long (odsF)")
     predict = _verb(verbs, "predict", "predict for own images",
                     "polytask predict runs/mtlora photo.jpg")  # fmt: skip
     for verb in (evaluate, predict):
@@ -58,9 +59,9 @@ def _verb(verbs: Any, name: str, text: str, example: str) -> argparse.ArgumentPa
     return added
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number from 0 on is needed, got {text!r}")
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"a whole number from {least} on is needed, got {text!r}")
     return int(text)
 
 
@@ -97,7 +98,7 @@ def _data_verbs(verbs: Any) -> None:
     look = _verb(data, "preview", "contact sheet of samples with all labels",
                  "polytask data preview rooms --output rooms.png")  # fmt: skip
     look.add_argument("--output", type=Path, default=Path("preview.png"))
-    look.add_argument("--count", type=_count, default=6, help="how many samples")
+    look.add_argument("--count", type=lambda text: _count(text, 1), default=6, help="how many samples")
     keep = _verb(data, "prepare", "decode slow labels once and keep them in the cache",
                  "polytask data prepare pascal_context DIR")  # fmt: skip
     keep.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes that share the work")
@@ -112,7 +113,7 @@ def _data_verbs(verbs: Any) -> None:
         verb.add_argument("--tasks", help="comma-separated subset")
     for verb in (export, pack):
         verb.add_argument("out", type=Path, help="folder to make")
-        verb.add_argument("--count", type=_count, help="at most so many samples per split, or per tar file")
+        verb.add_argument("--count", type=lambda text: _count(text, 1), help="most samples per split or tar")
     for verb in (check, look, keep, export, pack):
         verb.add_argument("--set", action="append", default=[], metavar="A=V", dest="sets", help="a setting")
         verb.add_argument("--split", help="default: all, or the first (preview)")

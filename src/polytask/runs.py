@@ -137,8 +137,10 @@ class Run:
         return model.to(device or choose_device("auto")).eval()
 
 
-def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Scores:
+def score(run: Run, *, checkpoint: str = "last", split: str | None = None, final: bool = True) -> Scores:
     """Scores of a trained run on a split (default: the one evaluated in training).
+
+    With ``final`` there are those that take long too, which training leaves out.
 
     Raises:
         ConfigError: unknown split; CheckpointError and data errors as their parts raise them.
@@ -149,6 +151,5 @@ def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Sc
     samples = data.open(name, run.tasks, train=False)
     batches = eval_loader(samples, batch_size=data.eval_batch_size, workers=data.workers)
     bf16 = run.recipe.run.precision == "bf16"
-    return evaluate(
-        run.model(checkpoint, device), run.tasks, batches, bf16=bf16, description=f"evaluate {name}"
-    )
+    model, description = run.model(checkpoint, device), f"evaluate {name}"
+    return evaluate(model, run.tasks, batches, bf16=bf16, final=final, description=description)

@@ -90,7 +90,7 @@ NOTE = (
 def _heads(comparison: Comparison) -> list[str]:
     heads = [f"{task} {metric} {'↑' if up else '↓'}" for task, (metric, up) in comparison.tasks.items()]
     costs = ["ms/step", "conflict", "trainable M", "GMACs", "parameters M", "train s"]
-    return ["run", "seeds", *heads, "Δm %", *costs]
+    return ["run", "seeds", *heads, "Δm % ↑", *costs]
 
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:

@@ -106,6 +106,9 @@ def test_usage_errors(call: Call) -> None:
         ["eval"],
         ["list", "nonsense"],
         ["profile", "x", "--repeats", "-1"],
+        ["data", "export", "PASCAL_MT", "x", "--count", "0"],
+        ["data", "pack", "rooms", "--count", "0"],
+        ["data", "preview", "rooms", "--count", "0"],
         ["data"],
     ):
         code, out, err = call(*words)
@@ -115,6 +118,18 @@ def test_usage_errors(call: Call) -> None:
 
 
 # --- a whole session -------------------------------------------------------------------------------
+
+
+def test_eval_has_the_published_score_of_edges(
+    call: Call, recipe_file: Write, rooms: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trained = call.json("train", recipe_file("tasks=[semseg, edge]"), "--output", run)["scores"]
+    assert set(trained["edge"]) == {"F_tol"}
+    final = call.json("eval", run)["scores"]
+    assert set(final["edge"]) == {"F_tol", "odsF", "oisF", "AP", "ods_threshold"}
+    assert call.json("eval", run, "--quick")["scores"] == {**final, "edge": {"F_tol": final["edge"]["F_tol"]}}
+    assert "odsF" not in call("eval", run, "--set", "tasks.edge.boundary=null")[2]
 
 
 def test_train_eval_predict_profile(

@@ -11,6 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from polytask.config import decode
+from polytask.data.crops import Atrc
+from polytask.data.folder import Folder
+from polytask.data.pascal_context import PascalContext
 from polytask.data.pipelines import Plain
 from polytask.errors import ConfigError, DataError
 from polytask.tasks import Classification, Depth, Segmentation
@@ -24,6 +28,7 @@ from polytask.viz import (
     to_picture,
 )
 from tests.conftest import Make
+from tests.data.pascal_mt import write_pascal_mt
 
 
 def test_normalized_image_back_to_a_picture() -> None:
@@ -68,6 +73,22 @@ def test_contact_sheet(small: Make, rooms: Path) -> None:
     assert 2 * 128 < sheet.size[1] < 3 * 128  # four times as large
     with pytest.raises(ConfigError, match="unknown split"):
         contact_sheet(data, "vla", 1)
+
+
+def test_contact_sheet_shows_photos_as_they_are(tmp_path: Path) -> None:
+    write_pascal_mt(tmp_path)
+    spec = PascalContext(root=tmp_path, image_size=(512, 512), pipeline=Atrc())
+    photos = [spec.read(record, "image") for record in spec.records("val")]
+    sheet = np.asarray(contact_sheet(spec, "val", 9))
+    times = [-(-120 // photo.shape[1]) for photo in photos]
+    assert sheet.shape[0] == 16 + sum(photo.shape[1] * k + 4 for photo, k in zip(photos, times, strict=True))
+    shown = photos[0].permute(1, 2, 0).numpy().repeat(times[0], 0).repeat(times[0], 1)
+    where = sheet[16 : 16 + len(shown)]
+    assert any(np.array_equal(where[:, x : x + shown.shape[1]], shown) for x in range(200))
+    Image.new("RGB", (2000, 961)).save(spec.records("val")[0].files["image"])
+    masks = {"task": "saliency", "file": "{stem}.png", "optional": True}
+    photo = {"root": tmp_path, "splits": {"all": "JPEGImages/*02.jpg"}, "targets": {"saliency": masks}}
+    assert contact_sheet(decode(Folder, {**photo, "image_size": 64}), None, 1).size[1] == 16 + 321 + 4
 
 
 def test_empty_split(small: Make, rooms: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from polytask.data.pipelines import Pipeline
 from polytask.errors import DataError, DatasetNotFoundError
 from polytask.tasks.base import Task
 from polytask.tasks.depth import Depth
-from polytask.tasks.edge import Edge
+from polytask.tasks.edge import Boundary, Edge
 from polytask.tasks.normals import Normals
 from polytask.tasks.segmentation import Segmentation
 
@@ -59,7 +59,7 @@ class Nyud(DatasetSpec):
         "semseg": Segmentation(classes=CLASSES),
         "depth": Depth(),
         "normals": Normals(weight=10.0),
-        "edge": Edge(positive_weight=0.95, weight=50.0),
+        "edge": Edge(positive_weight=0.95, weight=50.0, boundary=Boundary(max_dist=0.011, truth="contours")),
     }
 
     def records(self, split: str) -> list[Record]:
