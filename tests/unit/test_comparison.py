@@ -161,7 +161,7 @@ def test_markdown(runs: dict[str, Path], tmp_path: Path) -> None:
     folders = seeds(runs, tmp_path, {"both": BOTH, **single})
     worse = reseeded(runs["both"], tmp_path / "worse", {"depth": 9.0, "scene": 9.0}, name="a|b")
     head, rule, *lines = markdown(compare([worse, *folders])).splitlines()[:5]
-    assert head.startswith("| run | seeds | depth rmse ↓ | scene accuracy ↑ | Δm % | ms/step | conflict |")
+    assert head.startswith("| run | seeds | depth rmse ↓ | scene accuracy ↑ | Δm % ↑ | ms/step | conflict |")
     assert rule.count("|") == head.count("|")
     assert lines[0].startswith("| both | 2 | 3.50 ± 0.71 | 45.00 ± 21.21 | +10.00 ± 14.14 |")
     assert lines[1].startswith("| single task (2 models) | 2 | 4.50 ± 0.71 | 45.00 ± 7.07 | +0.00 |")
