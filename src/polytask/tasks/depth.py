@@ -1,4 +1,4 @@
-"""Distance to the camera plane, in meters."""
+"""Distance to the camera plane, in meters, or its inverse."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ _VIRIDIS = np.array(
 class Depth(Task):
     """Depth, scored by the root mean square error.
 
-    Raw labels are meters ``[H, W]``, 0 = invalid.
+    Raw labels are meters (or inverse depth) ``[H, W]``, 0 = invalid.
     """
 
     type: Literal["depth"] = "depth"
+    inverse: bool = Field(
+        default=False, description="labels are inverse depth or disparity: a zoom multiplies them"
+    )
     max_depth: float | None = Field(
         default=None, gt=0.0, description="pixels at or beyond this true depth (meters) are not scored"
     )
@@ -42,7 +45,7 @@ class Depth(Task):
         return 1
 
     def encode(self, raw: Tensor) -> ValueMap:
-        return ValueMap(finite(raw)[None])
+        return ValueMap(finite(raw)[None], zoom_power=1 if self.inverse else -1)
 
     def unknown(self, height: int, width: int) -> Tensor:
         return torch.zeros(height, width)
