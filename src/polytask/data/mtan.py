@@ -122,9 +122,9 @@ class CityscapesSmall(MtanDataset):
     batch_size: int = Field(default=64, ge=1, description="training samples per step, over all processes")
     classes: Literal[7, 19] = Field(default=7, description="read label_7 or label_19, else label")
 
-    TASKS: ClassVar[Mapping[str, Task]] = cityscapes.tasks(7)
+    TASKS: ClassVar[Mapping[str, Task]] = cityscapes.tasks(7, inverse=True)
     FOLDERS: ClassVar[Mapping[str, str]] = {"image": "image", "depth": "depth"}
 
     def labels(self) -> Mapping[str, Task]:
         """The two tasks, with as many classes as chosen."""
-        return cityscapes.tasks(self.classes)
+        return cityscapes.tasks(self.classes, inverse=True)

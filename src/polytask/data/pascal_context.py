@@ -101,6 +101,10 @@ class PascalContext(DatasetSpec):
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset({"human_parts"})
     SLOW: ClassVar[frozenset[str]] = frozenset(TASKS)
 
+    def split_names(self) -> tuple[str, ...]:
+        """And ``test_new``, the photos of ``val`` that odsF is published for, where there is their list."""
+        return (*self.SPLITS, *(["test_new"] if self._list("test_new").is_file() else []))
+
     def records(self, split: str) -> list[Record]:
         """The photos of ``ImageSets/Context/<split>.txt``, in its order."""
         self.check_split(split)

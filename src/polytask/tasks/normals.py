@@ -12,7 +12,7 @@ from torch import Tensor
 from polytask.config import register
 from polytask.data.maps import VectorMap
 from polytask.errors import DataError
-from polytask.losses import normals_l1
+from polytask.losses import normals_cosine, normals_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.normals import AngularError, unit_vectors
 from polytask.tasks.base import Task, finite, identity
@@ -46,6 +46,9 @@ class Normals(Task):
     """
 
     type: Literal["normals"] = "normals"
+    distance: Literal["l1", "cosine"] = Field(
+        default="l1", description="the loss: mean absolute difference of components, or 1 - cosine"
+    )
     normalize_target: bool = Field(
         default=True, description="off: angles as the early published evaluators compute them"
     )
@@ -68,7 +71,7 @@ class Normals(Task):
         return torch.zeros(height, width, 3)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
-        return normals_l1(logits, target, total)
+        return (normals_l1 if self.distance == "l1" else normals_cosine)(logits, target, total)
 
     def predict(self, logits: Tensor) -> Tensor:
         return unit_vectors(logits.float())
