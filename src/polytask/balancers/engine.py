@@ -215,8 +215,8 @@ class GradientBalancer(Balancer):
             self._jacobians.append(Jacobian(shared, len(self.tasks)))
         jacobian = self._jacobians[which]
         for number, (name, loss) in enumerate(losses.items(), 1):
-            with jacobian.filling(names.index(name), add=name in self._pending):
-                torch.autograd.backward(loss, retain_graph=number < len(losses))
+            torch.autograd.backward(loss, retain_graph=number < len(losses))
+            jacobian.take(names.index(name), add=name in self._pending)
         return jacobian
 
     def _exact(self, step: _Step) -> Array:
