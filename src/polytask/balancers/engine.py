@@ -264,6 +264,8 @@ class GradientBalancer(Balancer):
         bad = np.flatnonzero(~finite)
         if not self.tolerates({f"{name}.gradient": x for name, x in zip(names, squares, strict=True)}):
             raise _not_finite(names[bad[0]])
+        if not len(bad):
+            return finite
         jacobian.matrix[torch.as_tensor(bad)] = 0.0
         gram[bad], gram[:, bad] = 0.0, 0.0
         for parameter in (p for row in bad for p in step.owned[row]):
