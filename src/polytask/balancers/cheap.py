@@ -105,7 +105,7 @@ def weighted(
     small = 1e-6 * np.abs(w).max(initial=0.0)
     apart = [i for i, x in enumerate(w) if abs(x) <= small and factors[i] != x and owned[i]]
     held = {i: torch.autograd.grad(losses[i], owned[i], retain_graph=True, allow_unused=True) for i in apart}
-    torch.autograd.backward(torch.stack([float(x) * y for x, y in zip(w, losses, strict=True)]).sum())
+    torch.autograd.backward(losses, [torch.full_like(y, float(x)) for x, y in zip(w, losses, strict=True)])
     scale(owned, np.divide(factors, w, out=np.ones(len(w)), where=np.abs(w) > small))
     for i, gradients in held.items():
         for parameter, gradient in zip(owned[i], gradients, strict=True):

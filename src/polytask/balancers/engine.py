@@ -337,7 +337,7 @@ def _values(losses: Mapping[str, Tensor]) -> dict[str, float]:
     """Global values."""
     if not losses:
         return {}
-    values = total(torch.stack([loss.detach().double() for loss in losses.values()]))
+    values = total(torch.stack([loss.detach() for loss in losses.values()]).double())
     return dict(zip(losses, values.tolist(), strict=True))
 
 

@@ -54,7 +54,7 @@ class Jacobian:
         dtype = torch.promote_types(torch.float32, local[0].dtype)
         self.matrix = torch.zeros(rows, sum(self.sizes), device=local[0].device, dtype=dtype)
         self.direction = self.matrix.new_zeros(sum(self.sizes))
-        self._views = [self._split(row) for row in self.matrix]
+        self._views, self._parts = [self._split(row) for row in self.matrix], self._split(self.direction)
         self._reached: set[int] = set()  # places of parameters that got a gradient since the last `put`
 
     def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -107,8 +107,7 @@ class Jacobian:
         """``.grad`` of the parameters becomes this process's part of ``direction``."""
         if world() > 1:
             self.direction[: self.whole] /= world()
-        views = self._split(self.direction)
-        for parameter, view in ((self.parameters[i], views[i]) for i in self._reached):
+        for parameter, view in ((self.parameters[i], self._parts[i]) for i in self._reached):
             gradient = view.to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 gradient = DTensor.from_local(
