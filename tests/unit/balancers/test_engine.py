@@ -157,6 +157,19 @@ def test_frozen_trunk_and_missing_tasks(net: Net, x: Tensor) -> None:
     assert_heads(net, x, dict.fromkeys(NAMES, 1.0))
 
 
+def test_rows_forget_what_a_task_no_longer_reaches(net: Net, x: Tensor) -> None:
+    b = make("mgda")
+    run(b, net, x)
+    net.zero_grad()
+    losses = net.losses(net.features(x))
+    losses["b"] = net.first(x).square().mean()  # past the second layer
+    w = b.backward(losses, net.partition())
+    again = net.losses(net.features(x))
+    rest = w["a"] * again["a"] + w["c"] * again["c"]
+    (expected,) = torch.autograd.grad(rest, [net.second.weight])
+    torch.testing.assert_close(net.second.weight.grad, expected)
+
+
 def test_bfloat16_parameters(net: Net, x: Tensor) -> None:
     net, x = net.bfloat16(), x.bfloat16()
     run(make("upgrad"), net, x)
