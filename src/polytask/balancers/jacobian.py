@@ -15,24 +15,30 @@ from polytask.balancers.solvers import Array
 from polytask.parallel import total, world
 
 _CHUNK = 1 << 12
-"""Columns multiplied at a time: the chunk stays in the processor's cache, and sums of chunks are float64."""
+"""Columns multiplied at a time, but in one call: chunks stay in the cache, and sums of them are float64."""
+
+
+def _chunks(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of its columns: ``[count, n, _CHUNK]``, and those that are left over, ``[n, rest]``."""
+    count = matrix.shape[1] // _CHUNK
+    even = matrix[:, : count * _CHUNK]
+    return even.view(len(matrix), count, _CHUNK).transpose(0, 1), matrix[:, count * _CHUNK :]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right.T`` of wide matrices ``[n, P]``, accumulated in float64."""
     if left.numel() <= 16 * _CHUNK:
         return left.double() @ right.double().T
-    count = left.shape[1] // _CHUNK
-    even = count * _CHUNK
-    a, b = (m[:, :even].view(len(m), count, _CHUNK).transpose(0, 1) for m in (left, right))
-    chunks = torch.bmm(a, b.transpose(1, 2))  # views of the matrices: one call for all chunks
-    return chunks.sum(0, dtype=torch.float64) + left[:, even:].double() @ right[:, even:].double().T
+    (a, rest), (b, other) = _chunks(left), _chunks(right)
+    return torch.bmm(a, b.transpose(1, 2)).sum(0, dtype=torch.float64) + rest.double() @ other.double().T
 
 
 def mix(weights: Array, rows: Tensor, out: Tensor) -> None:
     """``out`` ``[P]`` becomes the weighted sum of the rows ``[n, P]``."""
-    w = torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)
-    torch.mm(w[None], rows, out=out[None])
+    w = torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)[None]
+    (chunks, rest), (into, last) = _chunks(rows), _chunks(out[None])
+    torch.bmm(w.expand(len(chunks), *w.shape), chunks, out=into)
+    torch.mm(w, rest, out=last)
 
 
 class Jacobian:

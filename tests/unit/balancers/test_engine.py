@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polytask.balancers import balancer, weights
 from polytask.balancers.base import Balancer
 from polytask.balancers.engine import GradientBalancer
-from polytask.balancers.jacobian import product
+from polytask.balancers.jacobian import mix, product
 from polytask.errors import ConfigError, PolytaskWarning
 from polytask.types import Partition, PerTask, partition
 from tests.helpers import TASKS, build, image, model_spec
@@ -281,6 +281,9 @@ def test_products_are_accumulated_precisely() -> None:
     wide = torch.randn(3, 300_001, generator=torch.Generator().manual_seed(0))
     exact = wide.double() @ wide.double().T
     assert float((product(wide, wide) - exact).abs().max() / exact.max()) < 1e-6
+    w, out = np.array([0.5, -2.0, 1.0]), torch.empty(300_001)
+    mix(w, wide, out)
+    torch.testing.assert_close(out, (torch.tensor(w) @ wide.double()).float())
 
 
 def test_three_batches(net: Net, x: Tensor) -> None:
