@@ -115,8 +115,9 @@ class Balancer(nn.Module):
         """Whether a step may go on without the tasks whose losses are not finite; counts them."""
         tolerable = True
         for task, value in values.items():
-            idle = self.memory.pop(f"idle.{task}", torch.zeros((), dtype=torch.int64)) + 1
+            before = self.memory.pop(f"idle.{task}", None)
             if not math.isfinite(value):
+                idle = torch.ones((), dtype=torch.int64) if before is None else before + 1
                 self.memory[f"idle.{task}"] = idle
                 tolerable &= self.nonfinite == "skip" and int(idle) < PATIENCE
         return tolerable

@@ -215,8 +215,8 @@ class GradientBalancer(Balancer):
             self._jacobians.append(Jacobian(shared, len(self.tasks)))
         jacobian = self._jacobians[which]
         for number, (name, loss) in enumerate(losses.items(), 1):
-            with jacobian.filling(names.index(name), add=name in self._pending):
-                torch.autograd.backward(loss, retain_graph=number < len(losses))
+            torch.autograd.backward(loss, retain_graph=number < len(losses))
+            jacobian.take(names.index(name), add=name in self._pending)
         return jacobian
 
     def _exact(self, step: _Step) -> Array:
@@ -264,6 +264,8 @@ class GradientBalancer(Balancer):
         bad = np.flatnonzero(~finite)
         if not self.tolerates({f"{name}.gradient": x for name, x in zip(names, squares, strict=True)}):
             raise _not_finite(names[bad[0]])
+        if not len(bad):
+            return finite
         jacobian.matrix[torch.as_tensor(bad)] = 0.0
         gram[bad], gram[:, bad] = 0.0, 0.0
         for parameter in (p for row in bad for p in step.owned[row]):
@@ -335,7 +337,7 @@ def _values(losses: Mapping[str, Tensor]) -> dict[str, float]:
     """Global values."""
     if not losses:
         return {}
-    values = total(torch.stack([loss.detach().double() for loss in losses.values()]))
+    values = total(torch.stack([loss.detach() for loss in losses.values()]).double())
     return dict(zip(losses, values.tolist(), strict=True))
 
 

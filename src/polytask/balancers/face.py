@@ -115,7 +115,7 @@ def _checked(balancer: Balancer, losses: Mapping[str, Tensor]) -> dict[str, floa
             what = f"the loss of task {name!r} does not depend on parameters that train"
             what = what if loss.numel() == 1 else f"the loss of task {name!r} is no scalar"
             raise ConfigError(what, where="losses", got=f"shape {list(loss.shape)}")
-    found = total(torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]))
+    found = total(torch.stack([loss.detach().reshape(()) for loss in losses.values()]).double())
     values = dict(zip(losses, found.tolist(), strict=True))
     if not balancer.tolerates(values):
         task, value = next((t, v) for t, v in values.items() if not np.isfinite(v))

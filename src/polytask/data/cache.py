@@ -169,8 +169,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Decode the slow labels of some splits and tasks (by default all) into the cache.
 
-    ``workers`` more processes help. Labels that are there already stay, if the content of their files is what
-    it was. Returns folder, labels, counts per split and problems. Raises ConfigError if nothing is to be kept.
+    ``workers`` more processes help. Labels that are there already stay, if the content of their files is
+    what it was. Returns folder, labels, counts per split and problems. Raises
+    ConfigError if nothing is to be kept.
     """
     folder = label_folder(spec)
     if folder is None:
