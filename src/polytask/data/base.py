@@ -86,6 +86,8 @@ class DatasetSpec(Spec):
     """Label maps that say nothing when they hold no class but 0, and are then ignored as a whole."""
     SLOW: ClassVar[frozenset[str]] = frozenset()
     """Label maps that take long to read: `data prepare` decodes them once. Records name all their files."""
+    FIRST_IDS: ClassVar[Mapping[str, int]] = {}
+    """What class 0 of a task is stored as, where that is not 0; errors tell ids as they are stored."""
 
     def labels(self) -> Mapping[str, Task]:
         """What there are labels for under these settings; ``TASKS`` unless a dataset overrides it."""
@@ -183,7 +185,10 @@ class DatasetSpec(Spec):
         try:
             value = task.encode(raw)
         except DataError as error:  # which does not know the file
-            raise DataError(error.what, where=where, got=error.got, expected=error.expected) from None
+            first, got, expected = self.FIRST_IDS.get(name, 0), error.got, error.expected
+            if first and isinstance(got, int):
+                got, expected = first + got, f"{first} to {first + task.channels - 1}"
+            raise DataError(error.what, where=where, got=got, expected=expected) from None
         size, expected = value.shape[-2:], value.shape[-2:] if image is None else image.shape[-2:]
         if isinstance(value, DenseMap) and size != expected:
             what = f"the {name} map has another size than the image {record.where('image')}"

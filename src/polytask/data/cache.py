@@ -61,7 +61,7 @@ def read_cached(spec: DatasetSpec, record: Record, name: str, *, thorough: bool 
     folder = label_folder(spec)
     if folder is None or (spec.label_cache == "auto" and not (name in spec.SLOW and folder.is_dir())):
         return spec.read(record, name)
-    paths = sorted({str(path) for path in record.files.values()})
+    paths = sorted({str(path) for field, path in record.files.items() if field not in record.values})
     try:
         states = [_state(path) for path in paths]
     except OSError:  # perhaps of a file that this label does not need

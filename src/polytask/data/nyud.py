@@ -62,6 +62,8 @@ class Nyud(DatasetSpec):
         "edge": Edge(positive_weight=0.95, weight=50.0, boundary=Boundary(max_dist=0.011, truth="contours")),
     }
 
+    FIRST_IDS: ClassVar[Mapping[str, int]] = {"semseg": 1}
+
     def records(self, split: str) -> list[Record]:
         """The photos of ``gt_sets/<split>.txt``, in its order."""
         self.check_split(split)

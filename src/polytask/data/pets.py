@@ -52,6 +52,8 @@ class Pets(DatasetSpec):
         "species": Classification(classes=("cat", "dog")),
     }
 
+    FIRST_IDS: ClassVar[Mapping[str, int]] = {"trimap": 1, "breed": 1, "species": 1}
+
     def labels(self) -> Mapping[str, Task]:
         """With two classes of pixels if the border is ignored."""
         two = {"trimap": Segmentation(classes=("pet", "background"))}

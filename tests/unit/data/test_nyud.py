@@ -15,6 +15,7 @@ from polytask.data.base import train_loader
 from polytask.data.nyud import CLASSES, LAYOUTS, Nyud
 from polytask.data.verification import verify
 from polytask.errors import DataError, DatasetNotFoundError
+from polytask.tasks import Segmentation
 from polytask.tasks.base import TaskSet
 from tests.data.nyud import SPLITS, Room, write_nyud
 
@@ -126,6 +127,16 @@ def test_verify_names_missing_and_odd_frames(written: Written) -> None:
     assert len(verify(spec, ["val"]).problems) == 1
     assert f"{odd.name}: the frame has another size than the photo" in problems[-1]
     assert "expected 30x40, got '5x7'" in problems[-1]
+
+
+def test_class_ids_are_told_as_they_stand_in_the_file(one: Nyud) -> None:
+    record = one.records("val")[1]
+    Image.new("L", (40, 30), 99).save(record.files["semseg"])
+    expected = "label map with an unknown class id, expected 1 to 40, got 99"
+    assert verify(one, ["val"]).problems == [f"{record.files['semseg']}: {expected}"]
+    Image.new("L", (40, 30), 3).save(record.files["semseg"])
+    with pytest.raises(DataError, match="expected 1 to 2, got 3"):
+        one.label(record, "semseg", Segmentation(classes=("wall", "floor")), None)
 
 
 # --- errors ----------------------------------------------------------------------------------------
