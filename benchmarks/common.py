@@ -14,14 +14,19 @@ from typing import Any
 import torch
 
 
-def parse(description: str) -> argparse.Namespace:
+def options(description: str) -> argparse.ArgumentParser:
     """``--quick`` and ``--json``, as every script takes them."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="smaller and fewer; ends within a minute")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer; ends within two minutes")
     parser.add_argument(
         "--json", action="store_true", help="print one object with machine, settings and ratios"
     )
-    return parser.parse_args()
+    return parser
+
+
+def parse(description: str) -> argparse.Namespace:
+    """For a script without options of its own."""
+    return options(description).parse_args()
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from polytask.config import decode
 from polytask.engine.launch import train
 from polytask.errors import PolytaskWarning
-from polytask.files import dump_yaml, override
+from polytask.files import dump_yaml, load_yaml, override
 from polytask.progress import set_quiet
 from polytask.recipe import Recipe
 from tests.cli.forks import Forks
@@ -122,3 +124,32 @@ def recipe_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def runs(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A multi-task run and the two single-task ones; tests must not change them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, tasks in (("both", "[depth, scene]"), ("depth", "[depth]"), ("scene", "[scene]")):
+        train_quietly(small(f"tasks={tasks}", f"name={name}", "phases.0.steps=1"), folder / name)
+    scores = json.loads((folder / "scene" / "scores.json").read_text())
+    scores["scores"]["scene"]["accuracy"] = 12.5  # after one step it may be zero, which allows no gain
+    (folder / "scene" / "scores.json").write_text(json.dumps(scores))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def rescored(run: Path, folder: Path, scores: dict[str, float], **changes: Any) -> Path:
+    """A copy of a run with other headline scores; changes go into ``scores.json``."""
+    shutil.copytree(run, folder, symlinks=True)
+    content = json.loads((folder / "scores.json").read_text()) | changes
+    for task, value in scores.items():
+        content["scores"][task][content["tasks"][task]["headline"]] = value
+    (folder / "scores.json").write_text(json.dumps(content))
+    return folder
+
+
+def reseeded(run: Path, folder: Path, scores: dict[str, float], **recipe: Any) -> Path:
+    """A copy of a run with other headline scores and another recipe, such as another seed."""
+    rescored(run, folder, scores)
+    (folder / "recipe.yaml").write_text(dump_yaml({**load_yaml(run / "recipe.yaml"), **recipe}))
+    return folder

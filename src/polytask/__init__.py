@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from polytask.adapters.mtlora import MTLoRA
     from polytask.backbones.timm import Backbone, BackboneSpec
     from polytask.balancers.base import Balancer, BalancerSpec
+    from polytask.comparison import Comparison, compare
     from polytask.config import Slot, Spec, decode, encode, register, registered
     from polytask.cost import CostReport, profile
     from polytask.data.base import DatasetSpec, Record
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from polytask.phases import Action, Objective, PhaseSpec
     from polytask.predict import predict_files, predict_image
     from polytask.recipe import Recipe, load_recipe
-    from polytask.report import Comparison, compare, write_report
+    from polytask.report import write_report
     from polytask.runs import Run, score
     from polytask.tasks.base import Task, TaskSet
     from polytask.types import Output, Partition, Pyramids
@@ -38,6 +39,7 @@ _HOMES = {
         "adapters.mtlora": ("MTLoRA",),
         "backbones.timm": ("Backbone", "BackboneSpec"),
         "balancers.base": ("Balancer", "BalancerSpec"),
+        "comparison": ("Comparison", "compare"),
         "config": ("Slot", "Spec", "decode", "encode", "register", "registered"),
         "cost": ("CostReport", "profile"),
         "data.base": ("DatasetSpec", "Record"),
@@ -52,7 +54,7 @@ _HOMES = {
         "phases": ("Action", "Objective", "PhaseSpec"),
         "predict": ("predict_files", "predict_image"),
         "recipe": ("Recipe", "load_recipe"),
-        "report": ("Comparison", "compare", "write_report"),
+        "report": ("write_report",),
         "runs": ("Run", "score"),
         "tasks.base": ("Task", "TaskSet"),
         "types": ("Output", "Partition", "Pyramids"),

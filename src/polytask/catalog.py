@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ import timm
 from polytask.config import Slot, Spec, aliases, decode, registered
 from polytask.data.base import DatasetSpec
 from polytask.files import override
-from polytask.recipe import shipped_recipes
+from polytask.recipe import load_recipe, shipped_recipes
+from polytask.tasks.base import TaskSet
 
 _SLOTS = {
     "tasks": "task", "datasets": "data", "adapters": "adapter", "necks": "neck", "heads": "head",
@@ -55,6 +57,31 @@ def _first_line(cls: type[Any]) -> str:
 def _describe_recipe(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines()
     return lines[0].removeprefix("#").strip() if lines and lines[0].startswith("#") else ""
+
+
+def chosen(
+    name: str, root: str | Path | None, assignments: Sequence[str] = (), tasks: str | None = None
+) -> tuple[DatasetSpec, TaskSet]:
+    """A dataset and its tasks, by its name or as a recipe has them.
+
+    Args:
+        name: dataset, recipe file, run folder or shipped recipe.
+        root: folder of the dataset.
+        assignments: texts ``a=VALUE``, of the dataset or, if that is what is named, of the recipe.
+        tasks: comma-separated names, if not all.
+
+    Raises:
+        ConfigError: unknown name, or settings or tasks it does not have.
+    """
+    file = Path(name)
+    if name in registered("data") or not (file.suffix or file.is_dir() or "/" in name):
+        spec = dataset(name, root, assignments)
+        every = TaskSet(spec.labels())
+    else:
+        place = [] if root is None else [f"data.root={json.dumps(str(root))}"]
+        recipe = load_recipe(file, [*place, *assignments])
+        spec, every = recipe.data, recipe.task_set()
+    return spec, every.subset([text.strip() for text in tasks.split(",")], "--tasks") if tasks else every
 
 
 class _DataOnly(Spec):

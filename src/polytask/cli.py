@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polytask import __version__
 from polytask.errors import PolytaskError, PolytaskWarning
+from polytask.parser import parser
 
 if TYPE_CHECKING:
     from polytask.recipe import Recipe
-
-Verb = Callable[[argparse.Namespace], int]
+    from polytask.study import Study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,15 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    verb: Verb = args.verb
     try:
-        return verb(args)
+        return VERBS[args.verb](args)
     except PolytaskError as error:
         for line in str(error).splitlines():
             say(f"error: {line}")
         return error.exit_code
     except KeyboardInterrupt:
-        say("interrupted; continue with --resume" if verb is _train else "interrupted")
+        hints = {"train": "; continue with --resume"} | dict.fromkeys(
+            ("study", "demo"), "; the same command continues"
+        )
+        say(f"interrupted{hints.get(args.verb, '')}")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,106 +65,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         say(f"warning: {message}")
 
 
-# --- parser ----------------------------------------------------------------------------------------
-
-
-def parser() -> argparse.ArgumentParser:
-    """All verbs and their options."""
-    codes = "0 done, 1 bug, 2 configuration or usage, 3 data missing or malformed, 4 checkpoint does not fit"
-    root = argparse.ArgumentParser(prog="polytask", description="Efficient multi-task learning in vision.",
-                                   epilog=f"exit codes: {codes}, 5 training diverged")  # fmt: skip
-    root.add_argument("--version", action="version", version=f"polytask {__version__}")
-    verbs = root.add_subparsers(required=True, metavar="VERB")
-    train = _verb(verbs, "train", _train, "train a recipe", "polytask train rooms/mtlora --set optim.lr=1e-3")
-    _recipe_options(train)
-    train.add_argument("--output", type=Path, help="run folder (default: runs/<name of the recipe>)")
-    train.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    train.add_argument("--slurm", nargs="*", metavar="K=V", help="submit as a job, with submitit settings")
-    evaluate = _verb(verbs, "eval", _eval, "score a trained run", "polytask eval runs/mtlora --split test")
-    evaluate.add_argument("--split", help="default: the split evaluated in training")
-    evaluate.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="settings")
-    predict = _verb(verbs, "predict", _predict, "predict for own images",
-                    "polytask predict runs/mtlora photo.jpg")  # fmt: skip
-    for verb in (evaluate, predict):
-        verb.add_argument("run", type=Path)
-        verb.add_argument("--checkpoint", default="last", choices=("last", "best"))
-    predict.add_argument("images", type=Path, nargs="+")
-    predict.add_argument("--output", type=Path, help="folder for the pictures (default: RUN/predictions)")
-    predict.add_argument("--tasks", help="comma-separated subset")
-    predict.add_argument("--raw", action="store_true", help="also write the values as .npy")
-    profile = _verb(verbs, "profile", _profile, "parameters, MACs, time and memory of a recipe or run",
-                    "polytask profile recipes/pascal/mtlora_r64.yaml --json")  # fmt: skip
-    _recipe_options(profile)
-    profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
-    compare = _verb(verbs, "compare", _compare, "table and page about runs", "polytask compare runs/*")
-    compare.add_argument("runs", type=Path, nargs="+")
-    compare.add_argument("--report", type=Path, help="also write a self-contained HTML page here")
-    listing = _verb(verbs, "list", _list, "what there is", "polytask list tasks")
-    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions recipes"
-    listing.add_argument("what", choices=kinds.split())
-    listing.add_argument("pattern", nargs="?", default="*", help="for backbones, e.g. '*swin*'")
-    show = _verb(verbs, "show", _show, "the fully resolved recipe", "polytask show rooms/mtlora")
-    _recipe_options(show)
-    show.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
-    _data_verbs(verbs)
-    demo = _verb(verbs, "demo", _demo, "train and compare on the embedded rooms", "polytask demo")
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"))
-    return root
-
-
-def _verb(verbs: Any, name: str, run: Verb, text: str, example: str) -> argparse.ArgumentParser:
-    texts = {"help": text, "description": text, "epilog": f"example: {example}"}
-    added: argparse.ArgumentParser = verbs.add_parser(name, **texts)
-    added.set_defaults(verb=run)
-    added.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    return added
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number from 0 on is needed, got {text!r}")
-    return int(text)
-
-
-def _recipe_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", type=Path, nargs="?", help="YAML file, or name of a shipped recipe")
-    verb.add_argument("--cfg", type=Path, help="same as RECIPE")
-    verb.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="a change")
-    verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
-
-
-def _data_verbs(verbs: Any) -> None:
-    group = verbs.add_parser("data", help="look at a dataset", description="look at a dataset",
-                             epilog="example: polytask data verify rooms")  # fmt: skip
-    data = group.add_subparsers(required=True, metavar="VERB")
-    check = _verb(data, "verify", _data_verify, "check every file; exit 3 with a list of problems",
-                  "polytask data verify pascal_context DIR")  # fmt: skip
-    look = _verb(data, "preview", _data_preview, "contact sheet of samples with all labels",
-                 "polytask data preview rooms --output rooms.png")  # fmt: skip
-    look.add_argument("--output", type=Path, default=Path("preview.png"))
-    look.add_argument("--count", type=_count, default=6, help="how many samples")
-    keep = _verb(data, "prepare", _data_prepare, "decode slow labels once and keep them in the cache",
-                 "polytask data prepare pascal_context DIR")  # fmt: skip
-    keep.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes that share the work")
-    export = _verb(data, "export", _data_export, "rooms, faces or pets in the layout of a public archive",
-                   "polytask data export NYUD_MT DIR --set preset=nano")  # fmt: skip
-    export.add_argument("layout", help="such as PASCAL_MT; a wrong one lists all")
-    pack = _verb(data, "pack", _data_pack, "tar files (WebDataset) out of a dataset",
-                 "polytask data pack pascal_context DIR OUT")  # fmt: skip
-    for verb in (check, look, keep, pack):
-        verb.add_argument("name", help="see `polytask list datasets`")
-        verb.add_argument("root", nargs="?", help="folder of the dataset")
-    for verb in (export, pack):
-        verb.add_argument("out", type=Path, help="folder to make")
-        verb.add_argument("--count", type=_count, help="at most so many samples per split, or per tar file")
-    for verb in (check, look, keep, export, pack):
-        verb.add_argument("--set", action="append", default=[], metavar="A=V", dest="sets", help="a setting")
-        verb.add_argument("--split", help="default: all, or the first (preview)")
-
-
-# --- verbs -----------------------------------------------------------------------------------------
-
-
 def _done(args: argparse.Namespace, result: object) -> int:
     if args.json:
         emit(result)
@@ -176,11 +77,10 @@ def _load(args: argparse.Namespace) -> Recipe:
 
     if (args.recipe is None) == (args.cfg is None):
         raise ConfigError("name one recipe", where="RECIPE or --cfg", hint="see: polytask list recipes")
-    path = args.recipe or args.cfg
     if len(args.opts) % 2:
         raise ConfigError("--opts takes pairs of key and value", got=" ".join(args.opts))
     pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
-    return load_recipe(path, [*args.sets, *(f"{key}={value}" for key, value in pairs)])
+    return load_recipe(args.recipe or args.cfg, [*args.sets, *(f"{key}={value}" for key, value in pairs)])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -224,7 +124,8 @@ def _eval(args: argparse.Namespace) -> int:
     from polytask.runs import Run, score
     from polytask.tables import print_scores
 
-    scores = score(Run(args.run, tuple(args.sets)), checkpoint=args.checkpoint, split=args.split)
+    options = {"checkpoint": args.checkpoint, "split": args.split, "final": not args.quick}
+    scores = score(Run(args.run, tuple(args.sets)), **options)
     print_scores(scores)
     return _done(args, {"run": str(args.run), "scores": scores})
 
@@ -251,7 +152,8 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from polytask.report import compare, write_report
+    from polytask.comparison import compare
+    from polytask.report import write_report
     from polytask.tables import print_comparison
 
     comparison = write_report(args.runs, args.report) if args.report else compare(args.runs)
@@ -283,24 +185,26 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _dataset(args: argparse.Namespace) -> Any:
-    from polytask.catalog import dataset
+    from polytask.catalog import chosen
 
-    return dataset(args.name, args.root, args.sets)
+    return chosen(args.name, args.root, args.sets, args.tasks)
 
 
 def _data_verify(args: argparse.Namespace) -> int:
-    from polytask.data.base import verify
+    from polytask.data.verification import verify
     from polytask.tables import print_verification
 
-    report = verify(_dataset(args), [args.split] if args.split else None)
-    print_verification(report)
+    spec, tasks = _dataset(args)
+    report = verify(spec, [args.split] if args.split else None, tasks)
+    print_verification(report, tasks)
     return _problems(args, vars(report))
 
 
 def _data_prepare(args: argparse.Namespace) -> int:
     from polytask.data.cache import prepare
 
-    result = prepare(_dataset(args), [args.split] if args.split else None, args.workers)
+    spec, tasks = _dataset(args)
+    result = prepare(spec, [args.split] if args.split else None, args.workers, tasks)
     say(f"{result['folder']} keeps {', '.join(result['labels']) or 'nothing: no label is slow'}")
     return _problems(args, result)
 
@@ -316,8 +220,8 @@ def _problems(args: argparse.Namespace, result: dict[str, Any]) -> int:
 def _data_preview(args: argparse.Namespace) -> int:
     from polytask.viz import contact_sheet, save_picture
 
-    spec = _dataset(args)
-    save_picture(contact_sheet(spec, args.split or spec.split_names()[0], max(args.count, 1)), args.output)
+    spec, tasks = _dataset(args)
+    save_picture(contact_sheet(spec, args.split, args.count, tasks), args.output)
     say(f"preview: {args.output}")
     return _done(args, {"preview": str(args.output)})
 
@@ -331,8 +235,8 @@ def _data_export(args: argparse.Namespace) -> int:
 def _data_pack(args: argparse.Namespace) -> int:
     from polytask.data.packed import pack
 
-    splits, size = [args.split] if args.split else (), args.count or 256
-    return _written(args, pack(_dataset(args), args.out, splits, per_shard=size))
+    (spec, tasks), splits = _dataset(args), [args.split] if args.split else ()
+    return _written(args, pack(spec, args.out, splits, tasks=tasks, per_shard=args.count or 256))
 
 
 def _written(args: argparse.Namespace, counts: dict[str, int]) -> int:
@@ -340,11 +244,37 @@ def _written(args: argparse.Namespace, counts: dict[str, int]) -> int:
     return _done(args, {"folder": str(args.out), "counts": counts})
 
 
+def _study(args: argparse.Namespace) -> int:
+    from polytask.study import run_study
+
+    folder, output = args.folder, args.output or Path("runs") / args.folder.resolve().name
+    return _studied(args, output, run_study(folder, output, say, seeds=args.seeds, overrides=args.sets))
+
+
 def _demo(args: argparse.Namespace) -> int:
-    from polytask.demo import run_demo
+    from polytask.study import run_study
+
+    title = "polytask demo: multi-task learning on rooms"
+    return _studied(args, args.output, run_study("rooms/demo", args.output, say, title=title))
+
+
+def _studied(args: argparse.Namespace, output: Path, study: Study) -> int:
     from polytask.tables import print_comparison
 
-    comparison, page = run_demo(args.output, say)
-    print_comparison(comparison)
-    say(f"report: {page}")
-    return _done(args, comparison.as_dict())
+    result: dict[str, object] = {"tasks": {}, "rows": []}
+    if study.comparison is not None:
+        print_comparison(study.comparison)
+        say(f"report: {output / 'report.html'}")
+        result = study.comparison.as_dict()
+    for run, error in study.failed.items():
+        say(f"error: {run.name} failed: {error}")
+    _done(args, result | {"failed": {str(run): str(error) for run, error in study.failed.items()}})
+    return next((error.exit_code for error in study.failed.values()), 0)
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train, "eval": _eval, "predict": _predict, "profile": _profile, "compare": _compare,
+    "study": _study, "demo": _demo, "list": _list, "show": _show, "data verify": _data_verify,
+    "data preview": _data_preview, "data prepare": _data_prepare, "data export": _data_export,
+    "data pack": _data_pack,
+}  # fmt: skip

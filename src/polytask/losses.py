@@ -72,6 +72,22 @@ def normals_l1(logits: Tensor, target: Tensor, total: Total) -> Tensor | None:
     return ((unit_vectors(_wide(logits)) - target).abs() * valid).sum() / elements
 
 
+def normals_cosine(logits: Tensor, target: Tensor, total: Total) -> Tensor | None:
+    """One minus the cosine of the angle, averaged over valid pixels (Liu et al., MTAN, CVPR 2019).
+
+    Args:
+        logits: ``[B, 3, H, W]``, any length.
+        target: unit vectors, (0, 0, 0) = invalid, ``[B, 3, H, W]``.
+        total: sum over all processes.
+    """
+    valid = (target != 0).any(1)
+    pixels = total(valid.sum())
+    if pixels == 0:
+        return None
+    cosines = (unit_vectors(_wide(logits)) * target).sum(1)
+    return (valid.to(cosines) - cosines).sum() / pixels
+
+
 def masked_l1(prediction: Tensor, target: Tensor, total: Total) -> Tensor | None:
     """Mean absolute error over pixels with a positive target (0 = invalid).
 

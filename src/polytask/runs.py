@@ -75,6 +75,28 @@ class Run:
         """Lines of ``metrics.jsonl``."""
         return read_log(self.path / "metrics.jsonl")
 
+    @cached_property
+    def step_seconds(self) -> float | None:
+        """Mean time of a training step: CPU seconds of all threads if trained on CPU, else seconds passed.
+
+        The first step, which warms up, does not count; None with fewer than two.
+        """
+        steps = [line for line in self.log if line["kind"] == "step"]
+        on_cpu = self.cost["device"] == "cpu" and all("cpu_seconds" in line for line in steps)
+        key = "cpu_seconds" if on_cpu else "seconds"
+        return (steps[-1][key] - steps[0][key]) / (len(steps) - 1) if len(steps) > 1 else None
+
+    @cached_property
+    def conflict(self) -> float | None:
+        """Part of the pairs of tasks whose gradients opposed each other: mean of the steps that compared."""
+        found = [line["stat/conflict"] for line in self.log if "stat/conflict" in line]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def balancer(self) -> str:
+        """What a step of the balancer costs, in one line."""
+        return next((line["balancer"] for line in self.log if "balancer" in line), "-")
+
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
         try:
@@ -115,8 +137,10 @@ class Run:
         return model.to(device or choose_device("auto")).eval()
 
 
-def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Scores:
+def score(run: Run, *, checkpoint: str = "last", split: str | None = None, final: bool = True) -> Scores:
     """Scores of a trained run on a split (default: the one evaluated in training).
+
+    With ``final`` there are those that take long too, which training leaves out.
 
     Raises:
         ConfigError: unknown split; CheckpointError and data errors as their parts raise them.
@@ -127,6 +151,5 @@ def score(run: Run, *, checkpoint: str = "last", split: str | None = None) -> Sc
     samples = data.open(name, run.tasks, train=False)
     batches = eval_loader(samples, batch_size=data.eval_batch_size, workers=data.workers)
     bf16 = run.recipe.run.precision == "bf16"
-    return evaluate(
-        run.model(checkpoint, device), run.tasks, batches, bf16=bf16, description=f"evaluate {name}"
-    )
+    model, description = run.model(checkpoint, device), f"evaluate {name}"
+    return evaluate(model, run.tasks, batches, bf16=bf16, final=final, description=description)

@@ -1,13 +1,11 @@
-"""Pictures: prediction panels as PNG, learning curves as SVG."""
+"""Pictures: prediction panels and contact sheets."""
 
 from __future__ import annotations
 
 import base64
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from polytask.data.base import DatasetSpec
+from polytask.data.maps import plain
 from polytask.data.pipelines import Pipeline
 from polytask.errors import ConfigError, DataError
 from polytask.files import make_folder
@@ -24,10 +23,6 @@ from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
 
 GAP, LABEL_HEIGHT = 4, 16
-COLORS = (
-    "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee",
-    "#aa3377", "#e69f00", "#000000", "#882255", "#999999",
-)  # fmt: skip
 
 
 def to_picture(image: Tensor, pipeline: Pipeline) -> np.ndarray:
@@ -67,12 +62,12 @@ def predictions(model: MultiTaskModel, tasks: TaskSet, sample: Sample) -> dict[s
 def grid(
     rows: Sequence[Sequence[np.ndarray]], row_names: Sequence[str], column_names: Sequence[str]
 ) -> Image.Image:
-    """Pictures of one size in a grid with names above the columns and left of the rows."""
-    height, width = rows[0][0].shape[:2]
+    """Pictures in a grid with names above the columns and left of the rows; each row has its own height."""
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    width = max(picture.shape[1] for row in rows for picture in row)
     left = 8 + max(int(_font().getlength(name)) for name in row_names)
-    sheet = Image.new(
-        "RGB", (left + len(column_names) * (width + GAP), LABEL_HEIGHT + len(rows) * (height + GAP)), "white"
-    )
+    size = left + len(column_names) * (width + GAP), LABEL_HEIGHT + sum(heights) + len(rows) * GAP
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(column_names):
         draw.text(
@@ -82,11 +77,12 @@ def grid(
             anchor="mm",
             font=_font(),
         )
-    for row, pictures in enumerate(rows):
-        top = LABEL_HEIGHT + row * (height + GAP)
-        draw.text((left - 4, top + height / 2), row_names[row], fill="black", anchor="rm", font=_font())
+    top = LABEL_HEIGHT
+    for name, height, pictures in zip(row_names, heights, rows, strict=True):
+        draw.text((left - 4, top + height / 2), name, fill="black", anchor="rm", font=_font())
         for column, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture), (left + column * (width + GAP), top))
+        top += height + GAP
     return sheet
 
 
@@ -111,97 +107,35 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    color: str
-
-
-def chart(curves: Sequence[Curve], title: str, x_label: str, width: int = 380, height: int = 240) -> str:
-    """A line chart as SVG text; empty if there is nothing finite to draw."""
-    points = [p for curve in curves for p in curve.points if np.isfinite(p[1])]
-    if not points:
-        return ""
-    left, right, top, bottom = 46, 8, 24, 32
-    (x0, x1), (y0, y1) = (_span([p[i] for p in points]) for i in (0, 1))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - x0) / (x1 - x0) * (width - left - right),
-            height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom),
-        )
-
-    title, x_label = escape(title), escape(x_label)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{title}">'
-    ]
-    parts.append(f'<text x="{left}" y="14" class="title">{title}</text>')
-    for tick in np.linspace(y0, y1, 5):
-        _, y = place(x0, float(tick))
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" class="tick" text-anchor="end">{tick:.3g}</text>')
-    for tick in np.linspace(x0, x1, 5):
-        x, _ = place(float(tick), y0)
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - 18}" class="tick" text-anchor="middle">{tick:.4g}</text>'
-        )
-    parts.append(
-        f'<text x="{(left + width) / 2}" y="{height - 4}" class="tick" text-anchor="middle">{x_label}</text>'
-    )
-    for curve in curves:
-        path = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in curve.points if np.isfinite(p[1]))
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{curve.color}" stroke-width="1.8">'
-            f"<title>{escape(curve.name)}</title></polyline>"
-        )
-    return "".join([*parts, "</svg>"])
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def legend(names: Mapping[str, str]) -> str:
-    """Colored names (name -> color) as HTML."""
-    return " ".join(
-        f'<span class="key"><i style="background:{color}"></i>{escape(name)}</span>'
-        for name, color in names.items()
-    )
-
-
-def contact_sheet(spec: DatasetSpec, split: str, count: int) -> Image.Image:
-    """Samples of a split with all their labels laid over them, one row each, as evaluation sees them.
+def contact_sheet(
+    spec: DatasetSpec, split: str | None, count: int, tasks: TaskSet | None = None
+) -> Image.Image:
+    """Samples of a split (default: the first) as they are stored, with labels (default: all) laid over them.
 
     Raises:
-        ConfigError: unknown split.
+        ConfigError: unknown split or task.
         DataError: an empty split, and what the dataset raises.
     """
-    tasks = TaskSet(spec.labels())
-    samples = spec.open(split, tasks, train=False)
-    if not len(samples):
+    tasks, split = tasks or TaskSet(spec.labels()), split or spec.split_names()[0]
+    records = spec.open(split, tasks, train=False).records[:count]
+    if not records:
         raise DataError("the split is empty", where=f"{spec.type}, {split}")
-    rows, names = [], []
-    for index in range(min(count, len(samples))):
-        sample = samples[index]
-        picture = _enlarged(to_picture(sample["image"], spec.pipeline))
+    rows = []
+    for record in records:
+        sample = {name: plain(value) for name, value in spec.load(record, tasks).items()}
+        photo = sample["image"].float().round().clamp(0, 255).to(torch.uint8)
+        picture = _fitted(photo.permute(1, 2, 0).numpy())
         rows.append([picture, *(_laid_over(picture, task, sample[name]) for name, task in tasks.items())])
-        names.append(str(sample["id"]))
-    return grid(rows, names, ["image", *tasks])
+    return grid(rows, [record.id for record in records], ["image", *tasks])
 
 
 def _laid_over(picture: np.ndarray, task: Task, value: Tensor) -> np.ndarray:
-    drawn = task_picture(task, value, picture)
-    if not task.dense or task.of_image:
-        return _enlarged(drawn)
-    return (0.4 * picture + 0.6 * _enlarged(drawn)).astype(np.uint8)
+    drawn = _fitted(task_picture(task, value, picture))
+    return (0.4 * picture + 0.6 * drawn).astype(np.uint8) if task.dense and not task.of_image else drawn
 
 
-def _enlarged(picture: np.ndarray) -> np.ndarray:
-    """Pixels repeated until there are 120 rows or more."""
+def _fitted(picture: np.ndarray) -> np.ndarray:
+    """Pixels repeated until there are 120 rows, or averaged until there are no more than 480."""
     times = -(-120 // picture.shape[0])
-    return picture.repeat(times, axis=0).repeat(times, axis=1)
+    larger = picture.repeat(times, axis=0).repeat(times, axis=1)
+    return np.asarray(Image.fromarray(larger).reduce(-(-picture.shape[0] // 480)))

@@ -192,7 +192,7 @@ def _fork(request: Mapping[str, Any]) -> int:
 def _serve() -> None:
     import torch
 
-    import polytask.demo  # noqa: F401 - imports nearly everything
+    import polytask.study  # noqa: F401 - imports nearly everything
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -25,6 +25,7 @@ VERBS = (
     "predict",
     "profile",
     "compare",
+    "study",
     "list",
     "show",
     "demo",
@@ -105,6 +106,9 @@ def test_usage_errors(call: Call) -> None:
         ["eval"],
         ["list", "nonsense"],
         ["profile", "x", "--repeats", "-1"],
+        ["data", "export", "PASCAL_MT", "x", "--count", "0"],
+        ["data", "pack", "rooms", "--count", "0"],
+        ["data", "preview", "rooms", "--count", "0"],
         ["data"],
     ):
         code, out, err = call(*words)
@@ -114,6 +118,18 @@ def test_usage_errors(call: Call) -> None:
 
 
 # --- a whole session -------------------------------------------------------------------------------
+
+
+def test_eval_has_the_published_score_of_edges(
+    call: Call, recipe_file: Write, rooms: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trained = call.json("train", recipe_file("tasks=[semseg, edge]"), "--output", run)["scores"]
+    assert set(trained["edge"]) == {"F_tol"}
+    final = call.json("eval", run)["scores"]
+    assert set(final["edge"]) == {"F_tol", "odsF", "oisF", "AP", "ods_threshold"}
+    assert call.json("eval", run, "--quick")["scores"] == {**final, "edge": {"F_tol": final["edge"]["F_tol"]}}
+    assert "odsF" not in call("eval", run, "--set", "tasks.edge.boundary=null")[2]
 
 
 def test_train_eval_predict_profile(
@@ -148,7 +164,7 @@ def test_compare(call: Call, recipe_file: Write, rooms: Path, tmp_path: Path) ->
     runs = []
     for name, tasks in (("both", "[depth, scene]"), ("one", "[depth]"), ("two", "[scene]")):
         runs.append(tmp_path / name)
-        changes = ["--set", f"tasks={tasks}", "--set", f"name={name}", "--set", "phases.0.steps=1"]
+        changes = ["--set", f"tasks={tasks}", "--set", f"name={name}", "--set", "phases.0.steps=2"]
         assert call("train", recipe_file(), "--output", runs[-1], *changes)[0] == 0
     code, out, err = call("compare", *runs)
     assert (code, out) == (0, "")
@@ -244,6 +260,74 @@ def test_data_export_and_pack(call: Call, tmp_path: Path) -> None:
         assert result[:2] == (code, "")
         assert message in result[2]
         assert "Traceback" not in result[2]
+
+
+OWN = """
+name: own
+data:
+  type: folder
+  root: photos
+  image_size: [24, 36]
+  splits: {train: "*[0-2].png", val: "*3.png"}
+  targets:
+    floor: {task: {type: segmentation, classes: [other, floor]}, file: "{stem}.tif", ids: {0: 0, 7: 1}}
+    far: {task: depth, file: "{stem}.npy"}
+tasks: [floor]
+model: {backbone: {name: resnet18}}
+phases: [{epochs: 1}]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A recipe for photos that have masks and no depth."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (36, 24)).save(tmp_path / "photos" / f"p{i}.png")
+        Image.new("L", (36, 24), 7 * (i % 2)).save(tmp_path / "photos" / f"p{i}.tif")
+    (tmp_path / "own.yaml").write_text(OWN)
+    return tmp_path / "own.yaml"
+
+
+def test_data_of_a_recipe(call: Call, own: Path, tmp_path: Path) -> None:
+    photos, elsewhere = tmp_path / "photos", ("--set", f"data.root={tmp_path / 'photos'}")
+    found = call.json("data", "verify", own, photos)
+    assert found["counts"] == {"train": 3, "val": 1}
+    assert found["histograms"] == {"floor": {"0": 2 * 24 * 36, "1": 2 * 24 * 36}}
+    assert call.json("data", "verify", own, *elsewhere) == found
+    assert "floor: 50 %" in call("data", "verify", own, photos)[2]
+    (photos / "p1.tif").write_bytes(b"no")
+    (photos / "p2.tif").unlink()
+    code, _, err = call("data", "verify", own, *elsewhere)
+    assert (code, err.count("problem: ")) == (3, 2)
+    assert f"problem: {photos / 'p2.tif'}: no such file" in err
+    code, _, err = call("data", "verify", own, *elsewhere, "--set", "tasks=[floor, far]")
+    assert (code, err.count(".npy: no such file")) == (3, 4)
+    assert "unknown task 'flor'; did you mean 'floor'" in call("data", "verify", own, "--tasks", "flor")[2]
+    words = ("data", "preview", own, photos, "--split", "val", "--output", tmp_path / "sheet.png")
+    assert call(*words)[0] == 0
+    code, _, err = call("data", "pack", own, photos, tmp_path / "packed")
+    assert code == 3
+    assert "1 of 3 images have no label 'floor'" in err
+    made = call.json("data", "pack", own, photos, tmp_path / "packed", "--split", "val")
+    assert made["counts"] == {"val": 1}
+    assert call.json("data", "verify", "packed", tmp_path / "packed")["problems"] == []
+    kept = ("--set", f"data.label_cache={tmp_path / 'kept'}", "--workers", "0", "--split", "val")
+    assert call.json("data", "prepare", own, photos, *kept)["labels"] == ["floor"]
+
+
+def test_data_of_shipped_recipes_and_of_some_tasks(call: Call, rooms: Path) -> None:
+    few = ("--set", "data.preset=nano", "--set", "data.image_size=[32,48]", "--split", "val")
+    found = call.json("data", "verify", "rooms/mtlora", *few)
+    assert found["counts"] == {"val": 32}
+    assert found["problems"] == []
+    words = ("data", "verify", "rooms", "--set", "preset=nano", "--split", "val")
+    found = call.json(*words, "--tasks", "depth, scene")
+    assert [*found["histograms"], *found["ranges"]] == ["scene", "depth"]
+    assert "did you mean 'depth'" in call(*words, "--tasks", "dpeth")[2]
+    for name, words in (("nowhere.yaml", "no such recipe"), ("rooms/mtlroa", "did you mean 'rooms/mtlora'")):
+        code, _, err = call("data", "verify", name)
+        assert (code, words in err) == (2, True)
 
 
 def test_data_prepare(call: Call, tmp_path: Path) -> None:

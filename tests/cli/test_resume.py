@@ -23,6 +23,7 @@ from tests.conftest import SMALL
 
 Write = Callable[..., Path]
 KILLED = -9
+TIMES = ("seconds", "cpu_seconds")
 CHANGES = (
     "phases=[{steps: 6}, {name: second, steps: 3, actions: [{type: freeze, patterns: [neck.*]}]}]",
     "run.checkpoint_every=1", "data.batch_size=16", "balancer=moco", "tasks=[depth, scene]",
@@ -32,7 +33,7 @@ CHANGES = (
 
 def losses(run: Path) -> list[dict[str, Any]]:
     """Step lines of the log without the times."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(run / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_log(run / "metrics.jsonl")]
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
@@ -52,7 +53,7 @@ def assert_same_end(run: Path, reference: Path) -> None:
 
 
 def _timeless(state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, "position": {k: v for k, v in state["position"].items() if k != "seconds"}}
+    return {**state, "position": {k: v for k, v in state["position"].items() if k not in TIMES}}
 
 
 def assert_equal(one: Any, other: Any) -> None:

@@ -53,7 +53,7 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     data: dict[str, Any] = copy.deepcopy(encode(recipe))
     kind, changes = data["data"]["type"], {"batch_size": 2, "image_size": [32, 32], "workers": 0}
     if kind == "rooms":
-        changes |= {"preset": "nano", "image_size": [32, 48], "pretrain_size": 4}
+        changes |= {"preset": "nano", "image_size": [32, 48], "pretrain_size": 6}
     else:
         changes |= {"root": CASES[kind](folder)["root"]}
     data["data"] |= changes
@@ -66,7 +66,7 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     adapter = data["model"]["adapter"]
     if adapter is not None and adapter["type"] == "mtlora":
         adapter |= {"rank": 2, "task_rank": 2}
-    elif adapter is not None:
+    elif adapter is not None and "swin" in backbone["name"]:
         adapter["layers"] = ["layers.2.*.fc2"]
     return decode(Recipe, data)
 
@@ -84,7 +84,8 @@ def test_shrunk_recipe_takes_a_step(recipe: Recipe, rooms: Path, tmp_path: Path)
     optim = small.phases[0].optim or small.optim
     optimizer = optim.optimizer(model, list(balancer.parameters()), 2)
     samples = small.data.open(small.run.train_split, tasks, train=True, seed=0)
-    batch = next(iter(train_loader(samples, batch_size=2, epoch=0, seed=0)))
+    size = 2 * balancer.batches
+    batch = next(iter(train_loader(samples, batch_size=size, epoch=0, seed=0)))
     setup = StepSetup(
         tasks=tasks,
         balancer=balancer,

@@ -34,7 +34,7 @@ def test_every_guide_has_an_example() -> None:
 RUNNER = """
 import os, runpy, sys
 import torch
-import polytask.demo  # imports nearly everything, once for all examples
+import polytask.study  # imports nearly everything, once for all examples
 
 torch.set_num_threads(1)
 for line in sys.stdin:

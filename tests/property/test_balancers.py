@@ -306,6 +306,15 @@ def test_sign_dropout(j: Any) -> None:
     )
 
 
+def test_signs_are_kept_as_often_as_they_are_pure() -> None:
+    j = np.repeat([[2.0], [1.0], [-1.0]], 200_000, 1)
+    d, _ = direct(GradDrop(), j)
+    assert {*d} == {3.0, -1.0}
+    assert (d == 3).mean() == pytest.approx(0.75, abs=0.005)
+    halves = (d == 3).reshape(2, -1)
+    assert (halves[0] == halves[1]).mean() == pytest.approx(0.75**2 + 0.25**2, abs=0.01)  # independent
+
+
 @quick
 @given(jacobians())
 def test_largest_norm(j: Any) -> None:

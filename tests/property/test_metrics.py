@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -105,6 +106,31 @@ def paired(mine: Metric, other: Metric, kind: str) -> Callable[[Tensor], Tensor]
     return lambda tensor: tensor + next(flat)
 
 
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], dict[str, float]]] = {
+    "MeanIoU": lambda p, t: metrics.segmentation_scores(p, t, "abcd"),
+    "SaliencyIoU": metrics.saliency_iou,
+    "MaxF": lambda p, t: metrics.max_f(p, t, 255),
+    "BoundaryF": metrics.boundary_f,
+    "BoundaryScore": lambda p, t: metrics.boundary_score(p, t, 0.1, thresholds=(0.2, 0.5, 0.8)),
+    "AngularError": metrics.angular_error,
+    "DepthError": metrics.depth_error,
+    "Accuracy": metrics.accuracy,
+    "AttributeF1": metrics.attribute_f1,
+    "Retrieval": metrics.retrieval_scores,
+    "ImageError": metrics.image_error,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_metric_has_a_function(name: str) -> None:
+    make, draw = CASES[name]
+    prediction, target = draw(torch.Generator().manual_seed(0))
+    before = prediction.clone(), target.clone()
+    found = FUNCTIONS[name](prediction, target)
+    assert found == pytest.approx(make().of(prediction, target), nan_ok=True)
+    assert torch.equal(prediction, before[0]) and torch.equal(target, before[1])
+
+
 def test_all_metrics_are_covered() -> None:
     public = {name for name in metrics.__all__ if isinstance(getattr(metrics, name), type)}
     assert public - CASES.keys() == {"Metric", "MeanOfBatches"}
@@ -128,3 +154,15 @@ def test_mean_of_batches_depends_on_them() -> None:
     metric.update(prediction[5:], target[5:])
     parts = [metrics.DepthError().of(prediction[s], target[s])["rmse"] for s in (slice(5), slice(5, None))]
     assert metric.compute()["rmse"] == pytest.approx(sum(parts) / 2, rel=1e-12)
+
+
+def test_mean_of_batches_leaves_out_those_without_anything_valid() -> None:
+    prediction, target = meters(torch.Generator().manual_seed(0))
+    metric, some = metrics.MeanOfBatches(metrics.DepthError()), metrics.MeanOfBatches(metrics.DepthError())
+    metric.update(prediction[:1], torch.zeros_like(target[:1]))
+    assert all(math.isnan(value) for value in metric.compute().values())
+    for batch in (slice(3), slice(3, None)):
+        metric.update(prediction[batch], torch.zeros_like(target[batch]))
+        metric.update(prediction[batch], target[batch])
+        some.update(prediction[batch], target[batch])
+    assert metric.compute() == some.compute() and math.isfinite(some.compute()["rmse"])

@@ -18,8 +18,21 @@ LAYERS = [
     {"model"},
     {"balancers", "optim", "phases"},
     {"recipe"},
-    {"engine", "cost", "runs", "predict", "convert", "report", "tables", "viz", "catalog", "demo"},
-    {"cli", "__main__"},
+    {
+        "engine",
+        "cost",
+        "runs",
+        "predict",
+        "convert",
+        "comparison",
+        "report",
+        "tables",
+        "charts",
+        "viz",
+        "catalog",
+        "study",
+    },
+    {"parser", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 350

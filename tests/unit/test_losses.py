@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polytask.losses import balanced_bce, cross_entropy, masked_l1, normals_l1
+from polytask.losses import balanced_bce, cross_entropy, masked_l1, normals_cosine, normals_l1
 from polytask.metrics.base import Total
+from polytask.tasks import Normals
 from polytask.tasks.base import identity
 
 Loss = Callable[[Tensor, Tensor, Total], Tensor | None]
@@ -29,6 +30,7 @@ def draw(seed: int = 0) -> dict[str, tuple[Loss, Tensor, Tensor]]:
         "hed": (balanced_bce, logits[:, :1], binary),
         "fixed": (lambda x, y, t: balanced_bce(x, y, t, positive_weight=0.8), logits[:, :1], binary),
         "normals": (normals_l1, logits[:, :3], vectors * some),
+        "cosine": (normals_cosine, logits[:, :3], vectors * some),
         "depth": (masked_l1, logits[:, :1], 3 * torch.rand(some.shape, generator=g) * some),
         "classes": (
             lambda x, y, t: cross_entropy(x, y, t, ignore=-1),
@@ -60,7 +62,7 @@ def test_shares_of_processes_add_up(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_valid_gives_none(name: str) -> None:
     loss, logits, target = draw()[name]
-    nothing = {"classes": -1, "normals": 0, "depth": 0}.get(name, 255)
+    nothing = {"classes": -1, "normals": 0, "cosine": 0, "depth": 0}.get(name, 255)
     empty = torch.full_like(target, nothing)
     assert loss(logits, empty, identity) is None
     share = loss(logits.requires_grad_(), empty, lambda counts: counts + 5)  # another process has labels
@@ -76,7 +78,7 @@ def test_invalid_pixels_have_no_gradient(name: str) -> None:
     assert value is not None
     value.backward()
     assert logits.grad is not None
-    nothing = {"classes": -1, "normals": 0, "depth": 0}.get(name, 255)
+    nothing = {"classes": -1, "normals": 0, "cosine": 0, "depth": 0}.get(name, 255)
     invalid = target == nothing if name == "classes" else (target == nothing).all(1)  # [B, H, W]
     where = logits.grad.movedim(1, -1)[invalid]
     assert len(where) and not where.any()
@@ -125,3 +127,13 @@ def test_low_precision_logits_are_summed_in_float32() -> None:
         short, long = loss(logits.bfloat16(), target, identity), loss(logits, target, identity)
         assert short is not None and short.dtype == torch.float32, name
         torch.testing.assert_close(short, long, rtol=0.02, atol=0.02)
+
+
+def test_cosine_of_normals_by_hand() -> None:
+    """One minus the cosine over valid pixels: 0, 1 and 2 for vectors that agree, are square and oppose."""
+    target = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]).T.reshape(1, 3, 1, 4)
+    logits = torch.tensor([[5.0, 0, 0], [0, 2, 0], [-1, 0, 0], [3, 3, 3]]).T.reshape(1, 3, 1, 4)
+    assert normals_cosine(logits, target, identity) == pytest.approx(1.0)
+    assert normals_cosine(logits[..., :2], target[..., :2], identity) == pytest.approx(0.5)
+    assert Normals(distance="cosine").loss(logits, target) == pytest.approx(1.0)
+    assert Normals().loss(logits, target) != pytest.approx(1.0)

@@ -1,104 +1,17 @@
-"""Comparison of runs, as a table and as a page."""
+"""The page about runs, its charts and files."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from polytask.errors import CheckpointError, ConfigError, PolytaskWarning, TaskMismatchError
-from polytask.files import dump_yaml, load_yaml
-from polytask.report import compare, write_report
-from polytask.runs import Run
-from tests.conftest import Make, train_quietly
-
-
-@pytest.fixture(scope="module")
-def runs(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A multi-task run and the two single-task ones."""
-    from tests.conftest import small
-
-    folder = tmp_path_factory.mktemp("runs")
-    for name, tasks in (("both", "[depth, scene]"), ("depth", "[depth]"), ("scene", "[scene]")):
-        train_quietly(small(f"tasks={tasks}", f"name={name}", "phases.0.steps=1"), folder / name)
-    scores = json.loads((folder / "scene" / "scores.json").read_text())
-    scores["scores"]["scene"]["accuracy"] = 12.5  # after one step it may be zero, which allows no gain
-    (folder / "scene" / "scores.json").write_text(json.dumps(scores))
-    return {path.name: path for path in folder.iterdir()}
-
-
-def rescored(run: Path, folder: Path, scores: dict[str, float], **changes: Any) -> Path:
-    """A copy of a run with other headline scores; changes go into ``scores.json``."""
-    shutil.copytree(run, folder, symlinks=True)
-    content = json.loads((folder / "scores.json").read_text()) | changes
-    for task, value in scores.items():
-        content["scores"][task][content["tasks"][task]["headline"]] = value
-    (folder / "scores.json").write_text(json.dumps(content))
-    return folder
-
-
-def renamed(run: Path, folder: Path, name: str) -> Path:
-    shutil.copytree(run, folder, symlinks=True)
-    (folder / "recipe.yaml").write_text(dump_yaml({**load_yaml(run / "recipe.yaml"), "name": name}))
-    return folder
-
-
-def test_gain_counts_each_task_in_its_direction(runs: dict[str, Path], tmp_path: Path) -> None:
-    both = rescored(runs["both"], tmp_path / "both", {"depth": 3.0, "scene": 30.0})
-    depth = rescored(runs["depth"], tmp_path / "depth", {"depth": 4.0})
-    scene = rescored(runs["scene"], tmp_path / "scene", {"scene": 40.0})
-    comparison = compare([scene, both, depth])
-    assert comparison.tasks == {"depth": ("rmse", False), "scene": ("accuracy", True)}
-    single, multi = comparison.rows
-    assert multi.delta_m == pytest.approx((25 - 25) / 2)
-    better = rescored(runs["both"], tmp_path / "better", {"depth": 3.0, "scene": 50.0})
-    assert compare([better, depth, scene]).rows[1].delta_m == pytest.approx((25 + 25) / 2)
-    worse = rescored(runs["both"], tmp_path / "worse", {"depth": 5.0, "scene": 20.0})
-    assert compare([worse, depth, scene]).rows[1].delta_m == pytest.approx((-25 - 50) / 2)
-    assert single.delta_m == 0
-    assert single.name == "single task (2 models)"
-    assert single.scores == {"scene": 40.0, "depth": 4.0}
-    assert single.total == Run(depth).cost["total"] + Run(scene).cost["total"]
-    assert single.macs == Run(depth).cost["macs_merged"] + Run(scene).cost["macs_merged"]
-    assert (multi.steps, single.steps) == (1, 2)
-
-
-def test_no_gain_without_all_baselines(runs: dict[str, Path]) -> None:
-    assert compare([runs["both"]]).rows[0].delta_m is None
-    single, multi = compare([runs["both"], runs["depth"]]).rows
-    assert (single.delta_m, multi.delta_m) == (None, None)
-    assert compare([runs["depth"]]).rows[0].name == "single task (1 models)"
-
-
-def test_baseline_of_zero_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
-    scene = rescored(runs["scene"], tmp_path / "scene", {"scene": 0.0})
-    with pytest.warns(PolytaskWarning, match="no average gain for .*both.*scene"):
-        assert compare([runs["both"], runs["depth"], scene]).rows[1].delta_m is None
-
-
-def test_what_cannot_be_compared(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to compare"):
-        compare([])
-    with pytest.raises(ConfigError, match="named twice"):
-        compare([runs["both"], runs["both"]])
-    with pytest.raises(ConfigError, match="two single-task runs have the same task"):
-        compare([runs["depth"], rescored(runs["depth"], tmp_path / "again", {})])
-    with pytest.raises(TaskMismatchError, match=r"different data \(samples\), expected 8, got 7"):
-        compare([runs["both"], rescored(runs["depth"], tmp_path / "fewer", {}, samples=7)])
-    with pytest.raises(TaskMismatchError, match=r"different data \(split\)"):
-        compare([runs["both"], rescored(runs["depth"], tmp_path / "split", {}, split="test")])
-    with pytest.raises(CheckpointError, match="no run folder"):
-        compare([tmp_path])
-
-
-def test_other_tasks(runs: dict[str, Path], trained: Path) -> None:
-    with pytest.raises(TaskMismatchError, match="runs have different tasks"):
-        compare([runs["both"], trained])
+from polytask.charts import COLORS, FAINT
+from polytask.report import make_report, write_report
+from tests.conftest import Make, rescored, reseeded
 
 
 class Page(HTMLParser):
@@ -117,7 +30,8 @@ class Page(HTMLParser):
 
 def test_page_is_self_contained(runs: dict[str, Path], tmp_path: Path) -> None:
     page = tmp_path / "new" / "report.html"
-    comparison = write_report(list(runs.values()), page, title="A <b>title</b>", panels=2)
+    both = logged(runs["both"], tmp_path / "both", 1.0)
+    comparison = write_report([both, runs["depth"], runs["scene"]], page, title="A <b>title</b>", panels=2)
     text = page.read_text()
     found = Page(text)
     assert len(comparison.rows) == 2
@@ -134,16 +48,8 @@ def test_page_is_self_contained(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "schema_version: 1" in text
 
 
-def test_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
-    other = rescored(runs["both"], tmp_path / "other", {})
-    rows = compare([runs["both"], other]).rows
-    assert [row.name for row in rows] == [f"both ({runs['both']})", f"both ({other})"]
-    write_report([runs["both"], other], tmp_path / "r.html", panels=1)
-    assert (tmp_path / "r.html").read_text().count("<details>") == 2
-
-
 def test_odd_names_do_not_break_the_page(runs: dict[str, Path], tmp_path: Path) -> None:
-    odd = renamed(runs["both"], tmp_path / "odd", "<script>alert('&')</script>")
+    odd = reseeded(runs["both"], tmp_path / "odd", {}, name="<script>alert('&')</script>")
     write_report([odd], tmp_path / "r.html", panels=1)
     assert "script" not in Page((tmp_path / "r.html").read_text()).tags
 
@@ -157,3 +63,82 @@ def test_score_that_is_missing(runs: dict[str, Path], tmp_path: Path, small: Mak
     nothing = rescored(runs["both"], tmp_path / "nothing", {"depth": None})  # type: ignore[dict-item]
     write_report([nothing, runs["both"]], tmp_path / "r.html", panels=0)
     assert "nan" in (tmp_path / "r.html").read_text()
+
+
+STEPS = [
+    {"loss/depth": 2.0, "loss/scene": 1.0, "stat/conflict": 0.0, "stat/cos/depth~scene": 0.1},
+    {"loss/depth": 1.0, "loss/scene": 0.5, "stat/conflict": 1.0, "stat/cos/depth~scene": -0.1},
+]
+
+
+def logged(run: Path, folder: Path, factor: float, **recipe: Any) -> Path:
+    """A copy of a run with two steps and two evaluations in its log."""
+    reseeded(run, folder, {"depth": factor}, **recipe)
+    steps = [
+        {"kind": "step", "step": i, "seconds": i, "balancer": "b"}
+        | {key: factor * value for key, value in step.items()}
+        for i, step in enumerate(STEPS, 1)
+    ]
+    evals = [{"kind": "eval", "step": i, "depth/rmse": 1.0, "scene/accuracy": 5.0} for i in (1, 2)]
+    lines = [json.dumps(line) for line in (*steps, *evals)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def test_charts(runs: dict[str, Path], tmp_path: Path) -> None:
+    copies = [logged(runs["both"], tmp_path / f"{k}", k, seed=k) for k in (1, 2)]
+    report = make_report([*copies, runs["depth"], runs["scene"]], panels=0)
+    curves = {"score-depth", "loss-depth", "score-scene", "loss-scene", "conflict", "cosine-depth-scene"}
+    assert set(report.charts) == curves  # two rows are too few for gains
+    assert report.keys() == {"single task": "#000000", "both": COLORS[0]}
+
+
+def test_curves_are_means_over_the_seeds(runs: dict[str, Path], tmp_path: Path) -> None:
+    copies = [logged(runs["both"], tmp_path / f"{k}", k, seed=k) for k in (1, 3)]
+    root = ET.fromstring(make_report(copies, panels=0).charts["loss-depth"])
+    (line,) = root.iter("polyline")
+    assert len(line.attrib["points"].split()) == 2
+    heights = [e.text for e in root.iter("text") if e.attrib.get("text-anchor") == "end"]
+    assert (heights[0], heights[-1]) == ("2", "4")  # from 2 to 1, once and thrice
+
+
+def with_size(run: Path, folder: Path, size: int, **recipe: Any) -> Path:
+    reseeded(run, folder, {"depth": 1.0, "scene": 5.0}, **recipe)
+    cost = json.loads((folder / "cost.json").read_text()) | {"trainable": size}
+    (folder / "cost.json").write_text(json.dumps(cost))
+    return folder
+
+
+def test_gains_and_sizes(runs: dict[str, Path], tmp_path: Path) -> None:
+    singles = [runs["depth"], runs["scene"]]
+    one, two = (with_size(runs["both"], tmp_path / f"{n}", n, name=f"n{n}") for n in (1000, 2000))
+    assert set(make_report([one, two, *singles], panels=0).charts) >= {"gains", "pareto"}
+    alike = with_size(runs["both"], tmp_path / "alike", 1000, name="alike")
+    charts = make_report([one, alike, *singles], panels=0).charts
+    assert "gains" in charts
+    assert "pareto" not in charts
+    assert not {"gains", "pareto"} & set(make_report([one, two], panels=0).charts)
+
+
+def test_of_many_rows_the_best_stand_out(runs: dict[str, Path], tmp_path: Path) -> None:
+    many = [
+        logged(runs["both"], tmp_path / f"{k}", 1.0 + k, name=f"r{k}", optim={"lr": 1e-3 * (k + 1)})
+        for k in range(12)
+    ]
+    report = make_report([*many, runs["depth"], runs["scene"]], panels=1)
+    assert list(report.colors) == [f"r{k}" for k in range(8)]  # the smallest errors of depth
+    assert report.keys()["others"] == FAINT
+    assert report.charts["conflict"].count(FAINT) == 4
+    (panel,) = report.panels
+    assert panel.height < 32 * 14  # ground truth, single task and eight
+
+
+def test_files(runs: dict[str, Path], tmp_path: Path) -> None:
+    copies = [logged(runs["both"], tmp_path / f"{k}", k, seed=k) for k in (1, 2)]
+    make_report(copies, panels=1).write_files(tmp_path / "out")
+    assert (tmp_path / "out" / "table.md").read_text().startswith("| run | seeds |")
+    figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"conflict.svg", "loss-depth.svg", "predictions-1.png"} <= figures
+    for name in figures:
+        if name.endswith(".svg"):
+            assert ET.parse(tmp_path / "out" / "figures" / name).getroot().tag.endswith("svg")

@@ -1,10 +1,9 @@
-"""Pictures and charts."""
+"""Pictures."""
 
 from __future__ import annotations
 
 import base64
 import io
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
+from polytask.config import decode
+from polytask.data.crops import Atrc
+from polytask.data.folder import Folder
+from polytask.data.pascal_context import PascalContext
 from polytask.data.pipelines import Plain
 from polytask.errors import ConfigError, DataError
 from polytask.tasks import Classification, Depth, Segmentation
 from polytask.viz import (
-    Curve,
-    chart,
     contact_sheet,
     data_uri,
     grid,
-    legend,
     save_picture,
     task_picture,
     text_picture,
     to_picture,
 )
 from tests.conftest import Make
+from tests.data.pascal_mt import write_pascal_mt
 
 
 def test_normalized_image_back_to_a_picture() -> None:
@@ -65,34 +66,6 @@ def test_picture_in_a_page() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (3, 2)
 
 
-def test_chart_is_valid_whatever_the_names() -> None:
-    curves = [
-        Curve("a<b & 'c'", [(0, 1.0), (10, float("nan")), (20, 3.0)], "#123456"),
-        Curve("flat", [(5, 2.0)], "red"),
-    ]
-    svg = chart(curves, 'mIoU <& "best">', "step & more")
-    root = ET.fromstring(svg)
-    lines = [element for element in root.iter() if element.tag.endswith("polyline")]
-    assert len(lines) == 2
-    assert len(lines[0].attrib["points"].split()) == 2  # what is not finite is left out
-    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
-    assert "a<b & 'c'" in titles
-
-
-def test_nothing_to_draw() -> None:
-    assert chart([], "t", "x") == ""
-    assert chart([Curve("a", [(1, float("inf"))], "red")], "t", "x") == ""
-
-
-def test_flat_and_single_points() -> None:
-    for points in ([(1, 1.0)], [(0, 2.0), (1, 2.0)], [(0, 0.0)]):
-        assert "polyline" in chart([Curve("a", points, "red")], "t", "x")
-
-
-def test_legend_escapes() -> None:
-    assert "a&lt;b" in legend({"a<b": "red"})
-
-
 def test_contact_sheet(small: Make, rooms: Path) -> None:
     data = small().data
     sheet = contact_sheet(data, "val", 2)
@@ -100,6 +73,22 @@ def test_contact_sheet(small: Make, rooms: Path) -> None:
     assert 2 * 128 < sheet.size[1] < 3 * 128  # four times as large
     with pytest.raises(ConfigError, match="unknown split"):
         contact_sheet(data, "vla", 1)
+
+
+def test_contact_sheet_shows_photos_as_they_are(tmp_path: Path) -> None:
+    write_pascal_mt(tmp_path)
+    spec = PascalContext(root=tmp_path, image_size=(512, 512), pipeline=Atrc())
+    photos = [spec.read(record, "image") for record in spec.records("val")]
+    sheet = np.asarray(contact_sheet(spec, "val", 9))
+    times = [-(-120 // photo.shape[1]) for photo in photos]
+    assert sheet.shape[0] == 16 + sum(photo.shape[1] * k + 4 for photo, k in zip(photos, times, strict=True))
+    shown = photos[0].permute(1, 2, 0).numpy().repeat(times[0], 0).repeat(times[0], 1)
+    where = sheet[16 : 16 + len(shown)]
+    assert any(np.array_equal(where[:, x : x + shown.shape[1]], shown) for x in range(200))
+    Image.new("RGB", (2000, 961)).save(spec.records("val")[0].files["image"])
+    masks = {"task": "saliency", "file": "{stem}.png", "optional": True}
+    photo = {"root": tmp_path, "splits": {"all": "JPEGImages/*02.jpg"}, "targets": {"saliency": masks}}
+    assert contact_sheet(decode(Folder, {**photo, "image_size": 64}), None, 1).size[1] == 16 + 321 + 4
 
 
 def test_empty_split(small: Make, rooms: Path, monkeypatch: pytest.MonkeyPatch) -> None:

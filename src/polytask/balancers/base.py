@@ -28,7 +28,7 @@ def global_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
     """Values of losses, summed over processes."""
     if not losses:
         return {}
-    values = total(torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]))
+    values = total(torch.stack([loss.detach().reshape(()) for loss in losses.values()]).double())
     return dict(zip(losses, values.tolist(), strict=True))
 
 
@@ -124,8 +124,9 @@ class Balancer(nn.Module):
         """Whether a step may go on without the tasks whose losses are not finite; counts them."""
         tolerable = True
         for task, value in values.items():
-            idle = self.memory.pop(f"idle.{task}", torch.zeros((), dtype=torch.int64)) + 1
+            before = self.memory.pop(f"idle.{task}", None)
             if not math.isfinite(value):
+                idle = torch.ones((), dtype=torch.int64) if before is None else before + 1
                 self.memory[f"idle.{task}"] = idle
                 tolerable &= self.nonfinite == "skip" and int(idle) < PATIENCE
         return tolerable

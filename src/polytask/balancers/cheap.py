@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from polytask.balancers import graph
 from polytask.balancers.jacobian import product
@@ -31,15 +30,17 @@ def of_parameters(losses: Sequence[Tensor], inputs: Sequence[nn.Parameter], sket
     Raises:
         ConfigError: sharded parameters.
     """
-    rows, inputs = [], _whole(inputs)
-    for loss in losses:
+    inputs = _whole(inputs)
+    size, dtype = sum(p.numel() for p in inputs), torch.promote_types(torch.float32, inputs[0].dtype)
+    matrix = inputs[0].new_empty(len(losses), sketch or size, dtype=dtype)
+    whole = matrix.new_zeros(size + -size % sketch) if sketch else None
+    for row, loss in zip(matrix, losses, strict=True):
         found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
-        flat = torch.cat([_or_zeros(g, p).reshape(-1) for g, p in zip(found, inputs, strict=True)])
-        if sketch:
-            padded = F.pad(flat * _signs(len(flat), flat.device), (0, -len(flat) % sketch))
-            flat = padded.view(-1, sketch).sum(0)
-        rows.append(flat)
-    matrix = total(torch.stack(rows))  # linear in the gradients, so that shares may be summed first
+        pieces = [_or_zeros(g, p).reshape(-1) for g, p in zip(found, inputs, strict=True)]
+        torch.cat(pieces, out=row if whole is None else whole[:size])
+        if whole is not None:
+            torch.sum(whole.mul_(_signs(len(whole), whole.device)).view(-1, sketch), 0, out=row)
+    matrix = total(matrix)  # linear in the gradients, so that shares may be summed first
     return product(matrix, matrix)
 
 
@@ -116,7 +117,7 @@ def weighted(
     small = 1e-6 * np.abs(w).max(initial=0.0)
     apart = [i for i, x in enumerate(w) if abs(x) <= small and factors[i] != x and owned[i]]
     held = {i: torch.autograd.grad(losses[i], owned[i], retain_graph=True, allow_unused=True) for i in apart}
-    torch.autograd.backward(torch.stack([float(x) * y for x, y in zip(w, losses, strict=True)]).sum())
+    torch.autograd.backward(losses, [torch.full_like(y, float(x)) for x, y in zip(w, losses, strict=True)])
     scale(owned, np.divide(factors, w, out=np.ones(len(w)), where=np.abs(w) > small))
     for i, gradients in held.items():
         for parameter, gradient in zip(owned[i], gradients, strict=True):

@@ -30,10 +30,11 @@ from polytask.balancers.weighting import (
     Scalarizer,
     State,
     Weighting,
+    check_names,
     figures,
     weigh,
 )
-from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning, did_you_mean
+from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning
 from polytask.seeding import derive
 from polytask.types import Partition
 
@@ -105,9 +106,7 @@ class GradientBalancer(Balancer):
         return f"{self.spec.type}: {passes}{again} per step, {size / 1e6:.1f} MB of gradients and memory"
 
     def _problem(self, values: Mapping[str, float]) -> Problem:
-        if unknown := [name for name in values if name not in self.tasks]:
-            hint = did_you_mean(unknown[0], self.tasks)
-            raise ConfigError(f"unknown task {unknown[0]!r}", where="losses", hint=hint)
+        check_names(values, self.tasks, "losses")
         rows = np.array([self.tasks.index(name) for name in values])
         step = int(self.memory.get("step", torch.zeros(())))
         losses, seed = np.array([*values.values()]), derive(self.seed, step)
@@ -229,8 +228,8 @@ class GradientBalancer(Balancer):
             self._jacobians.append(Jacobian(shared, len(self.tasks)))
         jacobian = self._jacobians[which]
         for number, (name, loss) in enumerate(losses.items(), 1):
-            with jacobian.filling(names.index(name), add=name in self._pending):
-                torch.autograd.backward(loss, retain_graph=number < len(losses))
+            torch.autograd.backward(loss, retain_graph=number < len(losses))
+            jacobian.take(names.index(name), add=name in self._pending)
         return jacobian
 
     def _exact(self, step: _Step) -> Array:
@@ -279,6 +278,8 @@ class GradientBalancer(Balancer):
         bad = np.flatnonzero(~finite)
         if not self.tolerates({f"{name}.gradient": x for name, x in zip(names, squares, strict=True)}):
             raise _not_finite(names[bad[0]])
+        if not len(bad):
+            return finite
         jacobian.matrix[torch.as_tensor(bad)] = 0.0
         gram[bad], gram[:, bad] = 0.0, 0.0
         for parameter in (p for row in bad for p in step.owned[row]):
@@ -329,12 +330,10 @@ class GradientBalancer(Balancer):
 
     def _audit(self, exact: Problem | None, w: Array, state: State) -> None:
         """Cosine between the direction and the one that exact gradients would have given."""
-        if exact is None:
-            return
-        assert isinstance(self.spec, Weighting)
-        v, gram = weigh(self.spec, exact, state)[0][exact.rows], exact.gram
-        size = np.sqrt(max(float(w @ gram @ w) * float(v @ gram @ v), np.finfo(float).tiny))
-        self.stats["agreement"] = float(w @ gram @ v) / size
+        if exact is not None:
+            v, gram = weigh(self.spec, exact, state)[0][exact.rows], exact.gram
+            size = np.sqrt(max(float(w @ gram @ w) * float(v @ gram @ v), np.finfo(float).tiny))
+            self.stats["agreement"] = float(w @ gram @ v) / size
 
 
 def _not_finite(task: str) -> NonFiniteLossError:

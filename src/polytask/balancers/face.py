@@ -15,9 +15,9 @@ from torch.autograd.graph import get_gradient_edge
 from polytask.balancers.base import Balancer, BalancerSpec, global_values
 from polytask.balancers.graph import Leaves, leaves
 from polytask.balancers.solvers import Array
-from polytask.balancers.weighting import find
+from polytask.balancers.weighting import check_names, find
 from polytask.config import decode
-from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning, did_you_mean
+from polytask.errors import ConfigError, NonFiniteLossError, PolytaskWarning
 from polytask.tasks.base import TaskSet
 from polytask.tasks.depth import Depth
 from polytask.types import Partition
@@ -121,11 +121,9 @@ def _values(balancer: Balancer, losses: Any, where: str) -> dict[str, float]:
     if not isinstance(losses, Mapping) or not losses:
         got = "none" if isinstance(losses, Mapping) else type(losses).__name__
         raise ConfigError("losses go by task", where=where, expected="{task: scalar, ...}", got=got)
+    check_names(losses, balancer.tasks, where)
     for name, loss in losses.items():
         what = f"the loss of task {name!r} does not depend on parameters that train"
-        if name not in balancer.tasks:
-            hint = did_you_mean(str(name), balancer.tasks)
-            raise ConfigError(f"unknown task {name!r}", where=where, hint=hint)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigError(f"the loss of task {name!r} is no scalar", where=where, got=got)

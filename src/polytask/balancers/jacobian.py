@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +14,31 @@ from torch.distributed.tensor import DTensor
 from polytask.balancers.solvers import Array
 from polytask.parallel import total, world
 
-_CHUNK = 1 << 16
-"""Columns multiplied at a time: the chunk stays in the processor's cache, and sums of chunks are float64."""
+_CHUNK = 1 << 12
+"""Columns multiplied at a time, but in one call: chunks stay in the cache, and sums of them are float64."""
+
+
+def _chunks(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of its columns: ``[count, n, _CHUNK]``, and those that are left over, ``[n, rest]``."""
+    count = matrix.shape[1] // _CHUNK
+    even = matrix[:, : count * _CHUNK]
+    return even.view(len(matrix), count, _CHUNK).transpose(0, 1), matrix[:, count * _CHUNK :]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right.T`` of wide matrices ``[n, P]``, accumulated in float64."""
-    result = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-    precise = len(left) * left.shape[1] <= _CHUNK
-    for start in range(0, left.shape[1], _CHUNK):
-        a, b = left[:, start : start + _CHUNK], right[:, start : start + _CHUNK]
-        result += a.double() @ b.double().T if precise else a @ b.T
-    return result
+    if left.numel() <= 16 * _CHUNK:
+        return left.double() @ right.double().T
+    (a, rest), (b, other) = _chunks(left), _chunks(right)
+    return torch.bmm(a, b.transpose(1, 2)).sum(0, dtype=torch.float64) + rest.double() @ other.double().T
+
+
+def mix(weights: Array, rows: Tensor, out: Tensor) -> None:
+    """``out`` ``[P]`` becomes the weighted sum of the rows ``[n, P]``."""
+    w = torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)[None]
+    (chunks, rest), (into, last) = _chunks(rows), _chunks(out[None])
+    torch.bmm(w.expand(len(chunks), *w.shape), chunks, out=into)
+    torch.mm(w, rest, out=last)
 
 
 class Jacobian:
@@ -47,8 +60,8 @@ class Jacobian:
         dtype = torch.promote_types(torch.float32, local[0].dtype)
         self.matrix = torch.zeros(rows, sum(self.sizes), device=local[0].device, dtype=dtype)
         self.direction = self.matrix.new_zeros(sum(self.sizes))
-        self._views = [self._split(row) for row in self.matrix]
-        self._reached: set[int] = set()  # parameters that got a gradient since the last `put`
+        self._views, self._parts = [self._split(row) for row in self.matrix], self._split(self.direction)
+        self._reached: set[int] = set()  # places of parameters that got a gradient since the last `put`
 
     def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether these are its parameters."""
@@ -58,33 +71,21 @@ class Jacobian:
         pieces = torch.split(flat, self.sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
-    @contextmanager
-    def filling(self, row: int, *, add: bool = False) -> Iterator[None]:
-        """Gradients of the backward pass inside go into a row (or are added to it), not to ``.grad``."""
-        views = dict(zip(map(id, self.parameters), self._views[row], strict=True))
-        fresh = set() if add else set(views)
-
-        def move(parameter: Tensor) -> None:
-            gradient, view = parameter.grad, views[id(parameter)]
-            if gradient is None:
-                return
-            gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            view.copy_(gradient) if id(parameter) in fresh else view.add_(gradient)
-            fresh.discard(id(parameter))
-            self._reached.add(id(parameter))
-            parameter.grad = None
-
-        # while they are in the cache, and before the next ones are made
-        hooks = [p.register_post_accumulate_grad_hook(move) for p in self.parameters]  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for parameter in self.parameters:  # FSDP sets `.grad` past the hooks
-            move(parameter)
-        for key in fresh:
-            views[key].zero_()
+    def take(self, row: int, *, add: bool = False) -> None:
+        """Gradients go from ``.grad`` into a row (or are added to it)."""
+        found: list[Any] = [p.grad for p in self.parameters]
+        here = [i for i, gradient in enumerate(found) if gradient is not None]
+        if not add and len(here) < len(found):
+            self.matrix[row] = 0.0
+        local = [found[i].to_local() if isinstance(found[i], DTensor) else found[i] for i in here]
+        views = [self._views[row][i] for i in here]
+        if add:
+            torch._foreach_add_(views, local)
+        else:
+            torch._foreach_copy_(views, local)
+        for i in here:
+            self.parameters[i].grad = None
+        self._reached.update(here)
 
     def exchange(self, rows: int) -> None:
         """Sum over processes what all of them hold; shards have been summed by the backward pass."""
@@ -106,15 +107,13 @@ class Jacobian:
 
     def mix(self, weights: Array) -> None:
         """``direction`` becomes ``Jᵀ w``."""
-        w = torch.as_tensor(weights, dtype=self.matrix.dtype, device=self.matrix.device)
-        torch.mv(self.matrix[: len(w)].T, w, out=self.direction)
+        mix(weights, self.matrix[: len(weights)], self.direction)
 
     def put(self) -> None:
         """``.grad`` of the parameters becomes this process's part of ``direction``."""
-        self.direction[: self.whole] /= world()
-        for parameter, view in zip(self.parameters, self._split(self.direction), strict=True):
-            if id(parameter) not in self._reached:
-                continue
+        if world() > 1:
+            self.direction[: self.whole] /= world()
+        for parameter, view in ((self.parameters[i], self._parts[i]) for i in self._reached):
             gradient = view.to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 gradient = DTensor.from_local(

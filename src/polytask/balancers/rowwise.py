@@ -10,18 +10,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from polytask.balancers.jacobian import product
+from polytask.balancers.jacobian import mix, product
 from polytask.balancers.scalar import softmax
 from polytask.balancers.solvers import Array, project_simplex
 from polytask.balancers.weighting import Problem, Rowwise
 from polytask.config import register
 
-_CHUNK = 1 << 15
+_CHUNK = 1 << 14
 """Columns that are worked on at a time, so that intermediate results stay in the processor's cache."""
 
 
-def _chunks(size: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, size, _CHUNK))
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of tensors that are as wide as each other."""
+    return zip(*(torch.split(x, _CHUNK, -1) for x in tensors), strict=True)
 
 
 def _remembered(memory: dict[str, Tensor], name: str, tasks: int, like: Tensor) -> Tensor:
@@ -31,10 +32,6 @@ def _remembered(memory: dict[str, Tensor], name: str, tasks: int, like: Tensor) 
         kept = torch.zeros(tasks, like.shape[1])
     memory[name] = kept.to(like)
     return memory[name]
-
-
-def _mix(w: Array, rows: Tensor, out: Tensor) -> None:
-    torch.mv(rows.T, torch.as_tensor(w, dtype=rows.dtype, device=rows.device), out=out)
 
 
 def _per_task(memory: dict[str, Tensor], name: str, tasks: int, start: float) -> Any:
@@ -56,18 +53,22 @@ class GradDrop(Rowwise):
         memory: dict[str, Tensor],  # noqa: ARG002
         out: Tensor,
     ) -> Array:
-        generator = torch.Generator().manual_seed(problem.seed)
-        self.drop(matrix, torch.rand(matrix.shape[1], generator=generator).to(matrix), out)
+        generator = problem.draw()
+        for rows, part in _chunks(matrix, out):
+            bits = generator.integers(-(1 << 15), 1 << 15, len(part), np.int16)  # cheaper than floats
+            self.drop(rows, torch.from_numpy(bits).to(rows).mul_(2**-16).add_(0.5), part)
         return np.ones(len(problem))
 
     def drop(self, matrix: Tensor, draw: Tensor, out: Tensor) -> None:
         """Sum the rows ``[n, P]`` masked by uniform draws ``[P]`` into ``out``."""
-        for part in _chunks(len(out)):
-            summed, size = matrix[:, part].sum(0), matrix[:, part].abs().sum(0)
-            purity = 0.5 * (1 + torch.nan_to_num(summed / size))  # 0 / 0: undecided
-            positive = (size + summed) * (purity > draw[part])  # twice the sum of the positive entries
-            negative = (summed - size) * (purity < draw[part])
-            out[part] = self.leak * summed + (1 - self.leak) / 2 * (positive + negative)
+        ones = matrix.new_ones(1, len(matrix))
+        summed, positive = (ones @ matrix)[0], (ones @ matrix.clamp(min=0))[0]
+        negative = summed - positive
+        # purity > draw, as numbers: a mask of bools and `where` take ten times as long
+        kept = torch.gt(positive, draw * (positive - negative), out=torch.empty_like(summed))
+        torch.lerp(negative, positive, kept, out=out)
+        if self.leak:
+            out.lerp_(summed, self.leak)
 
 
 @register("balancer")
@@ -93,14 +94,14 @@ class MoCo(Rowwise):
         tracked = _remembered(memory, "tracked", tasks, matrix)
         sizes = problem.losses / np.sqrt(np.diag(problem.gram) + 1e-16) if self.legacy else np.ones(n)
         for row, gradient, size in zip(problem.rows, matrix, sizes, strict=True):
-            tracked[row].mul_(1 - rate).add_(gradient, alpha=rate * float(size))
+            tracked[row].lerp_(gradient * float(size) if self.legacy else gradient, rate)
         gram = product(tracked, tracked).cpu().numpy()[np.ix_(problem.rows, problem.rows)]
         kept = _per_task(memory, "weights", tasks, 1 / tasks)
         w = kept[problem.rows]
         w = w - self.gamma / problem.step**self.gamma_sigma * (gram @ w + self.rho * w)
         kept[problem.rows] = w = softmax(w) if self.legacy else project_simplex(w)
         w = w * n if self.reduction == "sum" else w
-        _mix(problem.full(w), tracked, out)
+        mix(problem.full(w), tracked, out)
         return np.asarray(w)
 
 
@@ -125,7 +126,7 @@ class DBMTL(Rowwise):
             tracked[row].mul_(keep).add_(gradient, alpha=(1 - keep) * float(factor))
         norms = torch.linalg.vector_norm(tracked, dim=1).double().cpu().numpy()[problem.rows]
         w = np.divide(norms.max(), norms, out=np.zeros_like(norms), where=norms > 0)
-        _mix(problem.full(w), tracked, out)
+        mix(problem.full(w), tracked, out)
         return np.asarray(w)
 
 
@@ -142,17 +143,22 @@ class ExcessMTL(Rowwise):
     def direct(self, matrix: Tensor, problem: Problem, memory: dict[str, Tensor], out: Tensor) -> Array:
         rows, tasks = problem.rows, len(problem.tasks)
         squares = _remembered(memory, "squares", tasks, matrix)
-        excess = np.zeros(len(rows))
-        for k, row in enumerate(rows):
-            for part in _chunks(len(out)):
-                fresh, kept = matrix[k, part].square(), squares[row, part]
-                kept.mul_(self.decay).add_(fresh)
-                excess[k] += float((fresh / (kept + 1e-7).sqrt_()).sum())
+        excess = np.array([self._excess(squares[r], g) for r, g in zip(rows, matrix, strict=True)])
         first, kept_weights = (_per_task(memory, n, tasks, s) for n, s in (("first", 0.0), ("weights", 1.0)))
         w, start = kept_weights[rows], first[rows]
         ratio = np.divide(excess, start, out=np.zeros_like(excess), where=start > 0)
         w = w * np.exp(self.eta * ratio)
         kept_weights[rows] = w = w * (len(w) / w.sum())
         first[rows] = np.where(start > 0, start, excess)
-        _mix(w, matrix, out)
+        mix(w, matrix, out)
         return np.asarray(w)
+
+    def _excess(self, squares: Tensor, gradient: Tensor) -> float:
+        """Of one task, whose remembered squares ``[P]`` take in those of its gradient."""
+        parts = []
+        for kept, fresh in _chunks(squares, gradient):
+            if self.decay != 1:
+                kept.mul_(self.decay)
+            kept.addcmul_(fresh, fresh)
+            parts.append(torch.dot(fresh, fresh / (kept + 1e-7).sqrt_()))
+        return float(torch.stack(parts).sum(dtype=torch.float64))

@@ -232,7 +232,7 @@ def check_names(names: Iterable[str], tasks: Collection[str], where: str) -> Non
     """Raises ConfigError for a name that is no task."""
     for name in names:
         if name not in tasks:
-            hint = did_you_mean(name, tasks)
+            hint = did_you_mean(str(name), tasks)
             raise ConfigError(f"{name!r} is not a task of this run", where=where, hint=hint)
 
 

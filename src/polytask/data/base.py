@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, final
@@ -21,8 +20,7 @@ from polytask.data.cache import read_cached
 from polytask.data.maps import ClassMap, DenseMap, plain
 from polytask.data.order import BatchOrder as BatchOrder
 from polytask.data.pipelines import Pipeline
-from polytask.errors import ConfigError, DataError, PolytaskError, did_you_mean
-from polytask.progress import track
+from polytask.errors import ConfigError, DataError, did_you_mean
 from polytask.seeding import derive
 from polytask.tasks.base import Task, TaskSet
 from polytask.types import Sample
@@ -39,17 +37,21 @@ class Record:
         id: unique within the split.
         files: where its fields are, by name.
         index: position inside the files, for datasets that pack many samples in one.
-        values: image-level labels that are known without reading a file, by name.
+        values: image-level labels as a list of many images has them, by name.
     """
 
     id: str
     files: Mapping[str, Path] = field(default_factory=dict)
     index: int = -1
-    values: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def where(self, field_name: str) -> str:
-        """What to name in a message about a field: its file if known, else the id."""
-        return str(self.files.get(field_name, self.id))
+        """What to name in a message about a field: its file if known, else the id; of a shared file, both."""
+        file = self.files.get(field_name)
+        if file is None:
+            return self.id
+        shared = self.index >= 0 or field_name in self.values
+        return f"{file} ({field_name} of {self.id})" if shared else str(file)
 
 
 def _square(size: object) -> object:
@@ -84,6 +86,8 @@ class DatasetSpec(Spec):
     """Label maps that say nothing when they hold no class but 0, and are then ignored as a whole."""
     SLOW: ClassVar[frozenset[str]] = frozenset()
     """Label maps that take long to read: `data prepare` decodes them once. Records name all their files."""
+    FIRST_IDS: ClassVar[Mapping[str, int]] = {}
+    """What class 0 of a task is stored as, where that is not 0; errors tell ids as they are stored."""
 
     def labels(self) -> Mapping[str, Task]:
         """What there are labels for under these settings; ``TASKS`` unless a dataset overrides it."""
@@ -119,8 +123,18 @@ class DatasetSpec(Spec):
         """
         return torch.randperm(len(records), generator=generator).tolist()
 
-    def audit(self, split: str) -> list[str]:  # noqa: ARG002 - datasets with check sums use it
-        """Problems of a split's files beyond their content, one sentence each; for ``verify``."""
+    def check_records(self, split: str, records: Sequence[Record], tasks: Collection[str]) -> None:
+        """Refuse at once what else would only show while training, such as photos that are not there.
+
+        ``open`` calls it. ``verify`` does not: it reads all fields, and names each that cannot be read.
+
+        Raises:
+            DatasetNotFoundError: something that the records need is missing.
+            DataError: the samples do not serve one of the tasks.
+        """
+
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - for overriding
+        """Problems of a split beyond single fields, one sentence each; for ``verify``."""
         return []
 
     @final
@@ -135,7 +149,9 @@ class DatasetSpec(Spec):
             if name not in self.labels():
                 hint = did_you_mean(name, self.labels())
                 raise ConfigError(f"{self.type} has no labels for task {name!r}", where="tasks", hint=hint)
-        return Samples(self, self.records(split), tasks, train=train, seed=seed)
+        records = self.records(split)
+        self.check_records(split, records, tasks)
+        return Samples(self, records, tasks, train=train, seed=seed)
 
     @final
     def check_split(self, split: str) -> None:
@@ -158,12 +174,21 @@ class DatasetSpec(Spec):
         Raises:
             DataError: unreadable file, unknown class, or a map of another size than the image.
         """
-        where, read = record.where(name), read_cached if task.dense else type(self).read
+        read = read_cached if task.dense else type(self).read
         raw = image if image is not None and task.of_image else read(self, record, name)
+        return self.encode(record, name, task, raw, image)
+
+    @final
+    def encode(self, record: Record, name: str, task: Task, raw: Tensor, image: Tensor | None) -> Tensor:
+        """``label`` of what was read."""
+        where = record.where(name)
         try:
             value = task.encode(raw)
         except DataError as error:  # which does not know the file
-            raise DataError(error.what, where=where, got=error.got, expected=error.expected) from None
+            first, got, expected = self.FIRST_IDS.get(name, 0), error.got, error.expected
+            if first and isinstance(got, int):
+                got, expected = first + got, f"{first} to {first + task.channels - 1}"
+            raise DataError(error.what, where=where, got=got, expected=expected) from None
         size, expected = value.shape[-2:], value.shape[-2:] if image is None else image.shape[-2:]
         if isinstance(value, DenseMap) and size != expected:
             what = f"the {name} map has another size than the image {record.where('image')}"
@@ -264,71 +289,3 @@ def _loader(samples: Samples, batches: Any, workers: int) -> DataLoader[Sample]:
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),
     )
-
-
-# --- verification ----------------------------------------------------------------------------------
-
-
-@dataclass
-class VerifyReport:
-    """What a look at every file of a dataset found.
-
-    Attributes:
-        counts: samples per split.
-        problems: one sentence each; empty if all is well.
-        histograms: per label map or image-level task, how often each class occurs (255 and -1 included).
-        ranges: per task with real values, the smallest and largest valid value.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    histograms: dict[str, Counter[int]] = field(default_factory=dict)
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def add(self, task: str, value: Tensor) -> None:
-        """Count one target."""
-        sheet = plain(value)
-        if sheet.is_floating_point():
-            valid = sheet[(sheet != 0).any(0, keepdim=True).expand_as(sheet)]
-            low, high = self.ranges.get(task, (float("inf"), float("-inf")))
-            if valid.numel():
-                self.ranges[task] = (min(low, float(valid.min())), max(high, float(valid.max())))
-        else:
-            values, counts = torch.unique(sheet, return_counts=True)
-            tally = dict(zip(values.tolist(), counts.tolist(), strict=True))
-            self.histograms.setdefault(task, Counter()).update(tally)
-
-
-def verify(spec: DatasetSpec, splits: Sequence[str] | None = None) -> VerifyReport:
-    """Read every field of every record of some splits (by default all), collecting the problems."""
-    report, seen, spec = VerifyReport(), set[str](), spec.model_copy(update={"label_cache": "never"})
-    for split in splits or spec.split_names():
-        spec.check_split(split)
-        try:
-            records = spec.records(split)
-        except PolytaskError as error:
-            report.problems.append(str(error))
-            continue
-        report.counts[split] = len(records)
-        repeated = [name for name, times in Counter(record.id for record in records).items() if times > 1]
-        report.problems += [f"{split}: id {name!r} occurs more than once" for name in repeated]
-        report.problems += spec.audit(split)
-        for record in track([r for r in records if r.id not in seen], f"verifying {split}"):
-            _verify_record(spec, record, report)
-        seen.update(record.id for record in records)  # a split may be the union of others
-    report.problems = list(dict.fromkeys(report.problems))  # what is wrong with all is said once
-    return report
-
-
-def _verify_record(spec: DatasetSpec, record: Record, report: VerifyReport) -> None:
-    image: Tensor | None = None
-    try:
-        image = spec.read(record, "image")
-    except DataError as error:
-        report.problems.append(str(error))
-    for name, task in spec.labels().items():
-        try:
-            if image is not None or not task.of_image:
-                report.add(name, spec.label(record, name, task, image))
-        except DataError as error:
-            report.problems.append(str(error))

@@ -1,9 +1,10 @@
 """Decoded label maps in memory-mapped files, so that what is slow to read is read once.
 
-An entry holds what ``DatasetSpec.read`` returned. It counts as long as the dataset's code is the same and all
-files of the record have the size and time of modification they had (hashing them would mean to read them
-again). Real values are kept without loss, as places in a table of those that occur. Entries appear whole or
-not at all, so any number of processes may share a folder.
+An entry holds what ``DatasetSpec.read`` returned. It counts as long as the dataset's code and the content of
+all files of the record are the same. Content is compared by hash, but only of files whose size or times are
+not those they had when it was taken; ``prepare`` always compares it. Real values are kept without loss, as
+places in a table of those that occur. Entries appear whole or not at all, so any number of processes may
+share a folder.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import os
 import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -32,8 +33,9 @@ from polytask.progress import track
 
 if TYPE_CHECKING:
     from polytask.data.base import DatasetSpec, Record
+    from polytask.tasks.base import Task
 
-VERSION = 1  # of the format and of what readers share; raise it when the same files give other labels
+VERSION = 2  # of the format and of what readers share; raise it when the same files give other labels
 _IRRELEVANT = {"image_size", "pipeline", "batch_size", "eval_batch_size", "workers", "label_cache"}
 
 
@@ -51,23 +53,45 @@ def label_folder(spec: DatasetSpec) -> Path | None:
     return root / f"labels-v{VERSION}" / f"{spec.type}-{_digest(settings)}"
 
 
-def read_cached(spec: DatasetSpec, record: Record, name: str) -> Tensor:
-    """What ``spec.read`` returns for a label map (integers as uint8 if they fit), kept if settings say so."""
+def read_cached(spec: DatasetSpec, record: Record, name: str, *, thorough: bool = False) -> Tensor:
+    """What ``spec.read`` returns for a label map (integers as uint8 if they fit), kept if settings say so.
+
+    With ``thorough`` the content of the files is compared even if nothing tells that it has changed.
+    """
     folder = label_folder(spec)
     if folder is None or (spec.label_cache == "auto" and not (name in spec.SLOW and folder.is_dir())):
         return spec.read(record, name)
-    paths = sorted(map(str, record.files.values()))
+    paths = sorted({str(path) for field, path in record.files.items() if field not in record.values})
     try:
-        states = [(state.st_size, state.st_mtime_ns) for state in map(os.stat, paths)]
+        states = [_state(path) for path in paths]
     except OSError:  # perhaps of a file that this label does not need
         return spec.read(record, name)
     entry = f"{quote(record.id, safe='')[:150]}-{_digest(repr((paths, record.index)))}"
-    path, stamp = folder / name / entry, f"{_code(type(spec))} {states}"
-    kept = _load(path, stamp)
-    if kept is None:
-        kept = spec.read(record, name)
-        _keep(path, stamp, kept.numpy())
+    path, facts = folder / name / entry, {"code": _code(type(spec)), "states": repr(states)}
+    kept, before = _load(path, facts["code"]) or (None, {})
+    if kept is not None and before["states"] == facts["states"] and not thorough:
+        return kept
+    try:
+        facts["content"] = " ".join(map(_hash, paths, states))
+    except OSError:
+        return spec.read(record, name)
+    if kept is None or before["content"] != facts["content"]:
+        kept, before = spec.read(record, name), {}
+    if before.get("states") != facts["states"]:
+        _keep(path, facts, kept.numpy())
     return kept
+
+
+def _state(path: str) -> tuple[int, int, int]:
+    """Size and times: no program can change a file and set the last of them, which is that of any change."""
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+@lru_cache(maxsize=4096)  # a record has several labels, and a file may hold many records
+def _hash(path: str, _state: tuple[int, int, int]) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
 
 
 def _digest(text: str) -> str:
@@ -86,15 +110,16 @@ def _code(cls: type[DatasetSpec]) -> str:
 # --- entries ---------------------------------------------------------------------------------------
 
 
-def _load(path: Path, stamp: str) -> Tensor | None:
+def _load(path: Path, code: str) -> tuple[Tensor, dict[str, str]] | None:
+    """The label and what is known about its files, unless other code has made it."""
     try:
         with safe_open(path, "np") as file:
             facts, codes, table = file.metadata(), file.get_tensor("codes"), file.get_tensor("table")
-        if facts["stamp"] != stamp:
+        if facts["code"] != code:
             return None
         if facts["sum"] != str(zlib.crc32(codes.data, zlib.crc32(table.data))):
             raise ValueError("its check sum differs")
-        return torch.from_numpy(table.take(codes) if len(table) else codes)
+        return torch.from_numpy(table.take(codes) if len(table) else codes), facts
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
@@ -103,13 +128,13 @@ def _load(path: Path, stamp: str) -> Tensor | None:
         return None
 
 
-def _keep(path: Path, stamp: str, value: np.ndarray) -> None:
+def _keep(path: Path, facts: dict[str, str], value: np.ndarray) -> None:
     codes, table = _exact(np.ascontiguousarray(value))
-    facts = {"stamp": stamp, "sum": str(zlib.crc32(codes.data, zlib.crc32(table.data)))}
+    known = {**facts, "sum": str(zlib.crc32(codes.data, zlib.crc32(table.data)))}
     draft = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(save({"codes": codes, "table": table}, facts))
+        draft.write_bytes(save({"codes": codes, "table": table}, known))
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
@@ -118,7 +143,7 @@ def _keep(path: Path, stamp: str, value: np.ndarray) -> None:
 
 @lru_cache
 def _warn_once(folder: Path, reason: str) -> None:
-    text = f"{folder}: labels cannot be kept ({reason}), so they are decoded each time"
+    text = f"{folder}: labels cannot be kept ({reason}), so their files are read each time"
     warnings.warn(PolytaskWarning(text), stacklevel=2)
 
 
@@ -136,17 +161,26 @@ def _exact(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- filling ---------------------------------------------------------------------------------------
 
 
-def prepare(spec: DatasetSpec, splits: Sequence[str] | None = None, workers: int = 0) -> dict[str, Any]:
-    """Decode the slow labels of some splits (by default all) into the cache, in some more processes.
+def prepare(
+    spec: DatasetSpec,
+    splits: Sequence[str] | None = None,
+    workers: int = 0,
+    tasks: Mapping[str, Task] | None = None,
+) -> dict[str, Any]:
+    """Decode the slow labels of some splits and tasks (by default all) into the cache.
 
-    Returns folder, labels, counts per split and problems. Raises ConfigError if nothing is to be kept.
+    ``workers`` more processes help. Labels that are there already stay, if the content of their files is
+    what it was. Returns folder, labels, counts per split and problems. Raises
+    ConfigError if nothing is to be kept.
     """
     folder = label_folder(spec)
     if folder is None:
         raise ConfigError("no labels are kept", where=f"data.{spec.type}.label_cache", got="never")
-    dense = [name for name, task in spec.labels().items() if task.dense and not task.of_image]
+    chosen = spec.labels() if tasks is None else tasks
+    dense = [name for name, task in chosen.items() if task.dense and not task.of_image]
     names = [name for name in dense if spec.label_cache != "auto" or name in spec.SLOW]
     folder.mkdir(parents=True, exist_ok=True)
+    _hash.cache_clear()  # the files may have changed since
     counts, problems = {}, list[str]()
     for split in splits or spec.split_names():
         spec.check_split(split)
@@ -164,7 +198,7 @@ def _decode(spec: DatasetSpec, names: Sequence[str], record: Record) -> list[str
     problems = []
     for name in names:
         try:
-            read_cached(spec, record, name)
+            read_cached(spec, record, name, thorough=True)
         except DataError as error:
             problems.append(str(error))
     return problems

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from polytask.config import Location, Slot, register
@@ -37,9 +37,10 @@ _ARCHIVE = "unpack the zip files of cityscapes-dataset.com into one folder and s
 _STEREO = "unpack disparity_trainvaltest.zip and camera_trainvaltest.zip (or _trainextra), or leave depth out"
 
 
-def tasks(classes: int) -> dict[str, Task]:
-    """Both tasks, with 19 classes or 7 categories."""
-    return {"semseg": Segmentation(classes=CLASSES if classes == 19 else CATEGORIES), "depth": Depth()}
+def tasks(classes: int, *, inverse: bool) -> dict[str, Task]:
+    """Both tasks, with 19 classes or 7 categories, and meters or inverse depth."""
+    semseg = Segmentation(classes=CLASSES if classes == 19 else CATEGORIES)
+    return {"semseg": semseg, "depth": Depth(inverse=inverse)}
 
 
 @register("data")
@@ -60,17 +61,11 @@ class Cityscapes(DatasetSpec):
     max_depth: float = Field(default=80.0, gt=0.0, description="what is farther away (meters) is invalid")
 
     SPLITS: ClassVar[tuple[str, ...]] = ("train", "val")
-    TASKS: ClassVar[Mapping[str, Task]] = tasks(19)
-
-    @model_validator(mode="after")
-    def _zoom_fits_depth(self) -> Self:
-        if self.depth_kind != "meters" and self.pipeline.type != "plain":
-            raise ValueError("pipelines that zoom know meters only: use `plain`, or depth_kind: meters")
-        return self
+    TASKS: ClassVar[Mapping[str, Task]] = tasks(19, inverse=False)
 
     def labels(self) -> Mapping[str, Task]:
-        """Both tasks, with as many classes as chosen."""
-        return tasks(self.classes)
+        """Both tasks, with as many classes and the kind of depth as chosen."""
+        return tasks(self.classes, inverse=self.depth_kind != "meters")
 
     def split_names(self) -> tuple[str, ...]:
         """Test labels are not public."""
@@ -81,7 +76,7 @@ class Cityscapes(DatasetSpec):
         self.check_split(split)
         folders = [f"leftImg8bit/{split}", f"gt{self.annotation.title()}/{split}"]
         check_folders(self.root, folders, _ARCHIVE)
-        found = sorted((self.root / folders[0]).glob("*/*_leftImg8bit.png"))
+        found = sorted((self.root / folders[0]).glob("*/[!.]*_leftImg8bit.png"))
         if not found:
             raise DatasetNotFoundError("no images", where=str(self.root / folders[0]), hint=_ARCHIVE)
         return [self._record(split, path) for path in found]
@@ -91,6 +86,12 @@ class Cityscapes(DatasetSpec):
         if name == "image":
             return torch.from_numpy(read_picture(record.files[name], "RGB")).permute(2, 0, 1)
         return torch.from_numpy(self._semseg(record.files) if name == "semseg" else self._depth(record.files))
+
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
+        """Labels without an image."""
+        known = {record.files["semseg"] for record in self.records(split)}
+        found = sorted(self.root.glob(f"gt{self.annotation.title()}/{split}/*/[!.]*_labelIds.png"))
+        return [f"{path}: there is no image for it; {_ARCHIVE}" for path in found if path not in known]
 
     # --- files -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from polytask.config import register
 from polytask.data.colors import distort, in_unit_range
-from polytask.data.maps import IGNORE, DenseMap, Image, plain
+from polytask.data.maps import IGNORE, DenseMap, Image, ValueMap, plain
 from polytask.data.pipelines import Pipeline, Positive, Range, Size, chance, uniform
 from polytask.data.windows import Span, Window
 from polytask.types import Sample
@@ -129,12 +129,19 @@ class Mtan(Pipeline):
     scales: tuple[Annotated[float, Field(ge=1.0)], ...] = Field(
         default=(1.0, 1.2, 1.5), description="choices of the zoom"
     )
+    inverse_depth: Literal["multiply", "divide"] = Field(
+        default="multiply", description="what the zoom does to inverse depth; divide: as released"
+    )
 
     def train(self, sample: Sample, size: Size) -> Sample:
         """Crop by 1/zoom, resize back, flip; stretched if the size differs."""
         zoom = self.scales[int(torch.randint(len(self.scales), ()))] if self.scales else 1.0
         rows, columns = (_random_span(p, int(p / zoom), p) for p in sample["image"].shape[-2:])
         window = Window(rows, columns, zoom, chance(self.flip), aligned=True)
-        moved = {k: window.map(v) for k, v in sample.items() if isinstance(v, DenseMap)}
+        moved: Sample = {k: window.map(self._kind(v)) for k, v in sample.items() if isinstance(v, DenseMap)}
         image = Image(window.image(plain(sample["image"])))
         return self.evaluate({**sample, **moved, "image": image}, size)
+
+    def _kind(self, value: DenseMap) -> DenseMap:
+        """Inverse depth as if it were meters, if the released code is to be followed."""
+        return ValueMap(value) if isinstance(value, ValueMap) and self.inverse_depth == "divide" else value

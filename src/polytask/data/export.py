@@ -192,7 +192,9 @@ def export(
     sizes = sizes or {name: rooms.job(name).images for name in _CLIPS}
     if split not in (None, *sizes):
         raise ConfigError("unknown split", where="--split", got=split, hint=did_you_mean(str(split), sizes))
-    counts = {name: min(size, count or size) for name, size in sizes.items() if split in (None, name)}
+    counts = {
+        n: size if count is None else min(size, count) for n, size in sizes.items() if split in (None, n)
+    }
     with new_folder(out, "OUT") as draft:
         places = [(name, index) for name, size in counts.items() for index in range(size)]
         for place in track(places, f"exporting {layout}"):

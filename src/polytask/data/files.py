@@ -16,6 +16,11 @@ from PIL import Image as Picture
 from polytask.errors import DataError, DatasetNotFoundError, MissingDependencyError
 
 _AGAIN = "unpack it again"
+DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError, TokenError,
+    Picture.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow and NumPy raise for files that are damaged."""
 
 
 def check_folders(root: Path, needed: Sequence[str | Sequence[str]], hint: str) -> None:
@@ -66,21 +71,30 @@ def read_picture(path: Path, *modes: str) -> np.ndarray:
         modes: accepted Pillow modes; if that is RGB alone, any kind of photo is converted to it.
 
     Raises:
-        DataError: file missing, damaged, or of another mode.
+        DataError: file missing, damaged, of another mode, or in colors of 16 bits, which Pillow cuts to 8.
     """
     try:
         with Picture.open(path) as picture:
+            deep = any(";16" in str(tile[3]) for tile in picture.tile) and len(picture.getbands()) > 1
             picture.load()
             photo = modes == ("RGB",) and picture.mode in ("L", "LA", "P", "CMYK", "RGBA")
             converted = picture.convert("RGB") if photo else picture
             mode, pixels = converted.mode, np.array(converted)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"image cannot be read ({error})", where=str(path), hint=_AGAIN) from None
+    except DAMAGE as error:
+        raise _unreadable("image", path, error) from None
+    if deep:
+        raise DataError("image has 16 bits per color", where=str(path), expected="8", hint="save it with 8")
     if mode not in modes:
         hint = "labels are stored as numbers, not as colors" if "P" in modes else None
         what, expected = "image has an unexpected mode", " or ".join(modes)
         raise DataError(what, where=str(path), got=mode, expected=expected, hint=hint)
     return pixels
+
+
+def _unreadable(kind: str, path: Path, error: BaseException) -> DataError:
+    missing = isinstance(error, FileNotFoundError)
+    what = "no such file" if missing else f"{kind} cannot be read ({str(error) or type(error).__name__})"
+    return DataError(what, where=str(path), hint=_AGAIN)
 
 
 def check_listed(paths: Sequence[Path], listing: Path, hint: str) -> None:
@@ -100,8 +114,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     try:
         with Picture.open(path) as picture:
             return picture.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"image cannot be read ({error})", where=str(path), hint=_AGAIN) from None
+    except DAMAGE as error:
+        raise _unreadable("image", path, error) from None
 
 
 def read_array(path: Path, axes: Sequence[int]) -> np.ndarray:
@@ -117,8 +131,8 @@ def read_array(path: Path, axes: Sequence[int]) -> np.ndarray:
     try:
         with path.open("rb") as file:
             array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
-        raise DataError(f"array cannot be read ({error})", where=str(path), hint=_AGAIN) from None
+    except DAMAGE as error:
+        raise _unreadable("array", path, error) from None
     if array.ndim not in axes or array.dtype.kind not in "biuf" or not array.size:
         expected = f"numbers on {' or '.join(map(str, axes))} axes"
         raise DataError(
@@ -127,8 +141,9 @@ def read_array(path: Path, axes: Sequence[int]) -> np.ndarray:
             got=f"{array.dtype} {array.shape}",
             expected=expected,
         )
-    wide = np.int64 if array.dtype.kind == "u" and array.dtype.itemsize > 1 else array.dtype  # torch's types
-    return array.astype(np.dtype(wide).newbyteorder("="), copy=False)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    known = np.int64 if kind == "u" and size > 1 else np.float64 if size > 8 else array.dtype  # to torch
+    return array.astype(np.dtype(known).newbyteorder("="), copy=False)
 
 
 def scipy_io(path: Path) -> Any:
@@ -148,10 +163,10 @@ def read_mat(path: Path, key: str) -> Any:
         DataError: file missing, damaged or without the entry.
     """
     matlab = scipy_io(path).matlab
-    damage = OSError, ValueError, TypeError, EOFError, IndexError, NotImplementedError, zlib.error
+    damage = matlab.MatReadError, TypeError, IndexError, NotImplementedError, zlib.error
     try:
         return matlab.loadmat(path, variable_names=[key])[key]
     except KeyError:
         raise DataError(f"file has no entry {key}", where=str(path), hint=_AGAIN) from None
-    except (matlab.MatReadError, *damage) as error:
-        raise DataError(f"file cannot be read ({error})", where=str(path), hint=_AGAIN) from None
+    except (*damage, *DAMAGE) as error:
+        raise _unreadable("file", path, error) from None

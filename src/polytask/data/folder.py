@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -25,8 +25,10 @@ from polytask.errors import DataError, DatasetNotFoundError
 from polytask.tasks.attributes import Attributes
 from polytask.tasks.base import Task, TaskName
 from polytask.tasks.classification import Classification
+from polytask.tasks.normals import about_unit
 
-Label = int | list[int]
+_OPTIONAL = "set data.targets.{}.optional=true if that is right"
+_LIST = "list images from the root"
 _FIELD = re.compile(r"\{(\w*)\}")
 _FIELDS = ("stem", "star", "folder", "split")
 _NUMBERS = ("L", "P", "1", "I", "I;16", "F")  # Pillow's modes of pictures whose pixels are numbers
@@ -59,8 +61,8 @@ class Target(Spec):
             raise ValueError(f"unknown placeholder {{{unknown[0]}}} (known: {', '.join(_FIELDS)})")
         return self
 
-    def table(self, root: Path, name: str) -> dict[str, Label]:
-        """What the .csv says about each image that its first column names; empty for maps."""
+    def table(self, root: Path, name: str) -> dict[str, list[str]]:
+        """The cells of the .csv for each image that its first column names; empty for maps."""
         if self.task.dense:
             return {}
         path, columns = root / self.file, self.task.names if isinstance(self.task, Attributes) else (name,)
@@ -72,16 +74,19 @@ class Target(Spec):
         for column in columns:
             if rows and column not in rows[0]:
                 raise DataError("table lacks a column", where=str(path), got=list(rows[0]), expected=column)
-        found = {next(iter(row.values())): [self._number(row[c], path) for c in columns] for row in rows}
-        return {k: v if isinstance(self.task, Attributes) else v[0] for k, v in found.items()}
+        return {next(iter(row.values())): [row[column] for column in columns] for row in rows}
 
-    def _number(self, text: str, path: Path) -> int:
+    def numbers(self, cells: Sequence[str], where: str) -> Tensor:
+        """The raw label that cells of the table stand for; raises DataError if they stand for none."""
         classes = self.task.classes if isinstance(self.task, Classification) else ()
-        try:
-            return classes.index(text) if text in classes else int(text or -1)
-        except ValueError:
-            expected = f"{', '.join(classes) or 'a number'}, or nothing where unknown"
-            raise DataError("unknown label", where=str(path), got=text, expected=expected) from None
+        found = []
+        for text in cells:
+            try:
+                found.append(classes.index(text) if text in classes else int(text or -1))
+            except ValueError:
+                expected = f"{', '.join(classes) or 'a number'}, or nothing where unknown"
+                raise DataError("unknown label", where=where, got=text, expected=expected) from None
+        return torch.tensor(found if isinstance(self.task, Attributes) else found[0])
 
     def decode(self, path: Path) -> Tensor:
         """The raw label in a file: ids mapped, values scaled, unknown pixels marked.
@@ -94,6 +99,11 @@ class Target(Spec):
             stored = read_array(path, (unknown.ndim,))
         else:
             stored = read_picture(path, *(("RGB",) if unknown.ndim == 3 else _NUMBERS))
+        if stored.shape[2:] != unknown.shape[2:]:
+            shape = f"height x width x {unknown.shape[2]}"
+            raise DataError(
+                "map of an unexpected shape", where=str(path), got=list(stored.shape), expected=shape
+            )
         if unknown.max() == IGNORE and self.ids is None and self.ignore is None and (stored == IGNORE).any():
             hint = "say `ignore: 255` if it marks unlabeled pixels, or `ids: {0: 0, 255: 1}` if it is a class"
             raise DataError("label map with 255, which may mean two things", where=str(path), hint=hint)
@@ -107,9 +117,10 @@ class Target(Spec):
             values = stored / np.float32(127.5) - 1
         if self.scale is not None:
             values = values * np.asarray(self.scale, np.float32)
-        if stored.ndim == 3:
-            values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
         values[hole.all(-1) if hole.ndim == 3 else hole] = unknown.max()
+        if stored.ndim == 3:
+            about_unit(torch.from_numpy(values), str(path))
+            values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
         return torch.from_numpy(values)
 
 
@@ -136,31 +147,44 @@ class Folder(DatasetSpec):
         self.check_split(split)
         check_folders(self.root, (), "set data.root")
         tables = {name: target.table(self.root, name) for name, target in self.targets.items()}
-        found = [self._record(path, split, tables) for path in self._images(split)]
-        for name, target in self.targets.items():
-            bare = [r.id for r in found if name not in r.files and name not in r.values]
-            if bare and not target.optional and not target.task.of_image:
-                what = f"{len(bare)} of {len(found)} images have no label {name!r}, first {bare[0]}"
-                hint = f"set data.targets.{name}.optional=true if that is right"
-                raise DatasetNotFoundError(what, where=str(self.root), expected=target.file, hint=hint)
-        return found
+        return [self._record(path, split, tables) for path in self._images(split)]
+
+    def check_records(self, split: str, records: Sequence[Record], tasks: Collection[str]) -> None:
+        """All photos of a list are there, and so are their labels; those of tables mean something."""
+        listing = self.root / self.splits[split]
+        if listing.suffix == ".txt":
+            check_listed([record.files["image"] for record in records], listing, _LIST)
+        for name in tasks:
+            target = self.targets[name]
+            labels = {r.id: r.files[name] for r in records if name in r.files and name not in r.values}
+            bare = [image for image, path in labels.items() if not (target.task.dense and path.is_file())]
+            if bare:
+                what = f"{len(bare)} of {len(records)} images have no label {name!r}, first {bare[0]}"
+                where, hint = str(self.root), _OPTIONAL.format(name)
+                raise DatasetNotFoundError(what, where=where, expected=target.file, hint=hint)
+            for record in (r for r in records if name in r.values):
+                self.read(record, name)
 
     def read(self, record: Record, name: str) -> Tensor:
         """The photo, or a label as its target says (see ``DatasetSpec.read``)."""
-        if name in record.values:
-            return torch.tensor(record.values[name])
+        path = record.files.get(name)
         if name == "image":
             return torch.from_numpy(read_picture(record.files[name], "RGB")).permute(2, 0, 1)
-        if name in record.files:
-            return self.targets[name].decode(record.files[name])
-        width, height = picture_size(record.files["image"])
-        return self.targets[name].task.unknown(height, width)
+        target = self.targets[name]
+        if name in record.values:
+            return target.numbers(record.values[name], record.where(name))
+        if path is None:
+            width, height = picture_size(record.files["image"])
+            return target.task.unknown(height, width)
+        if not (target.task.dense and path.is_file()):
+            what = "no such file" if target.task.dense else f"table has no row for {record.id}"
+            raise DataError(what, where=str(path), hint=_OPTIONAL.format(name))
+        return target.decode(path)
 
     def _images(self, split: str) -> list[Path]:
         pattern, kinds = self.splits[split], Picture.registered_extensions()
         if pattern.endswith(".txt"):
-            paths = [self.root / name for name in read_list(self.root / pattern, "list images from the root")]
-            check_listed(paths, self.root / pattern, "list images from the root")
+            paths = [self.root / name for name in read_list(self.root / pattern, _LIST)]
         else:
             names = sorted(glob.glob(pattern, root_dir=self.root, recursive=True))
             paths = [self.root / name for name in names if Path(name).suffix.lower() in kinds]
@@ -169,19 +193,18 @@ class Folder(DatasetSpec):
             raise DatasetNotFoundError(what, where=f"data.splits.{split}", got=pattern, expected=expected)
         return paths
 
-    def _record(self, path: Path, split: str, tables: Mapping[str, Mapping[str, Label]]) -> Record:
+    def _record(self, path: Path, split: str, tables: Mapping[str, Mapping[str, list[str]]]) -> Record:
         own = path.relative_to(self.root) if path.is_relative_to(self.root) else path
         pattern = self.splits[split]
         before, _, after = ("*" if pattern.endswith(".txt") else Path(pattern).stem).rpartition("*")
         star = path.stem.removeprefix(before).removesuffix(after)
         fields = dict(zip(_FIELDS, (path.stem, star, own.parent.as_posix(), split), strict=True))
-        files, values = {"image": path}, {}
+        files, values = {"image": path}, dict[str, list[str]]()
         for name, target in self.targets.items():
             label = self.root / _FIELD.sub(lambda m: fields[m[1]], target.file)
-            if not target.task.dense:
-                known = [key for key in (own.as_posix(), path.name, path.stem) if key in tables[name]]
-                if known:
-                    values[name] = tables[name][known[0]]
-            elif not target.task.of_image and label.is_file():
+            known = [key for key in (own.as_posix(), path.name, path.stem) if key in tables[name]]
+            if known:
+                values[name] = tables[name][known[0]]
+            if target.file and (known or not target.optional or (target.task.dense and label.is_file())):
                 files[name] = label
         return Record(own.as_posix(), files, values=values)

@@ -4,7 +4,7 @@
 type              tensor                 invalid    under geometry
 ================  =====================  =========  =========================================
 ``ClassMap``      uint8 ``[1, H, W]``    255        nearest
-``ValueMap``      float32 ``[1, H, W]``  0          nearest; divided by the zoom factor
+``ValueMap``      float32 ``[1, H, W]``  0          nearest; a zoom divides or multiplies them
 ``VectorMap``     float32 ``[3, H, W]``  (0, 0, 0)  cubic, unit length again; turn with the image
 ================  =====================  =========  =========================================
 
@@ -78,17 +78,21 @@ class ValueMap(DenseMap):
 
     Args:
         data: anything ``torch.as_tensor`` takes.
-        scales_with_zoom: whether magnifying by z divides the values by z, as depth does.
+        zoom_power: magnifying by z multiplies values by z to this power: -1 for depth, 1 for inverse depth.
     """
 
     FILL, CHANNELS, DTYPE = 0, 1, torch.float32
-    scales_with_zoom: bool = True
+    zoom_power: int = -1
 
-    def __new__(cls, data: Any, *, scales_with_zoom: bool = True) -> ValueMap:
+    def __new__(cls, data: Any, *, zoom_power: int = -1) -> ValueMap:
         made = cls._sheet(data)
-        if not scales_with_zoom:
-            made.scales_with_zoom = False
+        if zoom_power != cls.zoom_power:
+            made.zoom_power = zoom_power
         return made  # type: ignore[no-any-return]
+
+    def divisor(self, zoom: float) -> float:
+        """What magnifying divides the values by."""
+        return float(zoom**-self.zoom_power)
 
 
 class VectorMap(DenseMap):
@@ -214,8 +218,7 @@ def _resized_crop(
 
 
 def _zoomed(value: Any, zoom: float) -> Any:
-    scales = isinstance(value, ValueMap) and value.scales_with_zoom
-    return like(plain(value) / zoom, value) if scales else value
+    return like(plain(value) / value.divisor(zoom), value) if isinstance(value, ValueMap) else value
 
 
 def _filled(kernel: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -45,6 +45,13 @@ class MtanDataset(DatasetSpec):
         """The images of the split in the order of their numbers; ``trainval`` is the one and the other."""
         self.check_split(split)
         return [r for part in ("train", "val") if part in split for r in self._numbered(part)]
+
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
+        """Labels without an image."""
+        known = {path for record in self.records(split) for path in record.files.values()}
+        folders = sorted({path.parent for path in known})
+        found = sorted(path for folder in folders for path in folder.glob("[0-9]*.npy"))
+        return [f"{path}: there is no image for it; {_ARCHIVE}" for path in found if path not in known]
 
     def _numbered(self, split: str) -> list[Record]:
         folder, choices = self.root / split, (f"label_{self.labels()['semseg'].channels}", "label")
@@ -115,9 +122,9 @@ class CityscapesSmall(MtanDataset):
     batch_size: int = Field(default=64, ge=1, description="training samples per step, over all processes")
     classes: Literal[7, 19] = Field(default=7, description="read label_7 or label_19, else label")
 
-    TASKS: ClassVar[Mapping[str, Task]] = cityscapes.tasks(7)
+    TASKS: ClassVar[Mapping[str, Task]] = cityscapes.tasks(7, inverse=True)
     FOLDERS: ClassVar[Mapping[str, str]] = {"image": "image", "depth": "depth"}
 
     def labels(self) -> Mapping[str, Task]:
         """The two tasks, with as many classes as chosen."""
-        return cityscapes.tasks(self.classes)
+        return cityscapes.tasks(self.classes, inverse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from polytask.config import Location, Slot, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.crops import Atrc
-from polytask.data.files import check_folders, check_listed, read_array, read_list, read_picture
+from polytask.data.files import check_folders, check_listed, picture_size, read_array, read_list, read_picture
 from polytask.data.pipelines import Pipeline
 from polytask.errors import DataError, DatasetNotFoundError
 from polytask.tasks.base import Task
 from polytask.tasks.depth import Depth
-from polytask.tasks.edge import Edge
+from polytask.tasks.edge import Boundary, Edge
 from polytask.tasks.normals import Normals
 from polytask.tasks.segmentation import Segmentation
 
@@ -59,17 +59,21 @@ class Nyud(DatasetSpec):
         "semseg": Segmentation(classes=CLASSES),
         "depth": Depth(),
         "normals": Normals(weight=10.0),
-        "edge": Edge(positive_weight=0.95, weight=50.0),
+        "edge": Edge(positive_weight=0.95, weight=50.0, boundary=Boundary(max_dist=0.011, truth="contours")),
     }
+
+    FIRST_IDS: ClassVar[Mapping[str, int]] = {"semseg": 1}
 
     def records(self, split: str) -> list[Record]:
         """The photos of ``gt_sets/<split>.txt``, in its order."""
         self.check_split(split)
         check_folders(self.root, (*FOLDERS.values(), "gt_sets"), _ARCHIVE)
-        kinds, listing = self._kinds(), self.root / "gt_sets" / f"{split}.txt"
-        found = [self._record(name, kinds) for name in read_list(listing, _ARCHIVE)]
-        check_listed([record.files["image"] for record in found], listing, _ARCHIVE)
-        return found
+        kinds = self._kinds()
+        return [self._record(name, kinds) for name in read_list(self._list(split), _ARCHIVE)]
+
+    def check_records(self, split: str, records: Sequence[Record], tasks: Collection[str]) -> None:  # noqa: ARG002
+        """All photos of the list are there."""
+        check_listed([record.files["image"] for record in records], self._list(split), _ARCHIVE)
 
     def read(self, record: Record, name: str) -> Tensor:
         """One field (see ``DatasetSpec.read``), or ``clip``: uint8 ``[2 * clip + 1, 3, H, W]``.
@@ -79,7 +83,8 @@ class Nyud(DatasetSpec):
         """
         path = record.files[name]
         if name == "clip":
-            return self._clip(path, record.files["image"])
+            frames = [_frame(frame, record.files["image"]) for frame in self._frames(record)]
+            return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
         if name == "image":
             return torch.from_numpy(read_picture(path, "RGB")).permute(2, 0, 1)
         if name == "semseg":
@@ -91,18 +96,16 @@ class Nyud(DatasetSpec):
         edge = torch.from_numpy(read_picture(path, "L"))
         return torch.where(edge == 255, 1, edge)
 
-    def audit(self, split: str) -> list[str]:
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
         """Clips that cannot be read."""
-        problems = []
-        for record in self.records(split) if self.clip else ():
-            try:
-                self.read(record, "clip")
-            except DataError as error:
-                if error.where != record.where("image"):  # which is reported anyway
-                    problems.append(str(error))
-        return problems
+        records = self.records(split) if self.clip else []
+        found = [_frame_problem(path, r.files["image"]) for r in records for path in self._frames(r)]
+        return [problem for problem in found if problem]
 
     # --- files -------------------------------------------------------------------------------------
+
+    def _list(self, split: str) -> Path:
+        return self.root / "gt_sets" / f"{split}.txt"
 
     def _kinds(self) -> Mapping[str, str]:
         for kinds in LAYOUTS.values():
@@ -117,13 +120,23 @@ class Nyud(DatasetSpec):
             files["clip"] = self.root / "frames" / name
         return Record(name, files)
 
-    def _clip(self, folder: Path, photo: Path) -> Tensor:
+    def _frames(self, record: Record) -> list[Path]:
         offsets = range(-self.clip, self.clip + 1)
-        paths = [folder / f"{offset}.jpg" if offset else photo for offset in offsets]
-        frames = [read_picture(path, "RGB") for path in paths]
-        for path, frame in zip(paths, frames, strict=True):
-            if frame.shape != frames[self.clip].shape:
-                got, expected = (f"{f.shape[0]}x{f.shape[1]}" for f in (frame, frames[self.clip]))
-                what = f"the frame has another size than the photo {photo}"
-                raise DataError(what, where=str(path), got=got, expected=expected)
-        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        return [record.files["clip"] / f"{o}.jpg" if o else record.files["image"] for o in offsets]
+
+
+def _frame_problem(path: Path, photo: Path) -> str | None:
+    try:
+        _frame(path, photo)
+    except DataError as error:
+        return None if error.where == str(photo) else str(error)  # photos are looked at anyway
+    return None
+
+
+def _frame(path: Path, photo: Path) -> np.ndarray:
+    pixels, (width, height) = read_picture(path, "RGB"), picture_size(photo)
+    if pixels.shape[:2] != (height, width):
+        got, expected = f"{pixels.shape[0]}x{pixels.shape[1]}", f"{height}x{width}"
+        what = f"the frame has another size than the photo {photo}"
+        raise DataError(what, where=str(path), got=got, expected=expected)
+    return pixels

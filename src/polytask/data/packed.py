@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b, file_digest
 from itertools import groupby
@@ -22,6 +22,7 @@ from torch import Tensor
 from polytask.config import Slot, Spec, decode, encode, register
 from polytask.data.base import DatasetSpec, ImageSize, Record
 from polytask.data.cache import home
+from polytask.data.files import DAMAGE
 from polytask.data.pipelines import Pipeline, Plain
 from polytask.errors import ConfigErrors, DataError, DatasetNotFoundError, MissingDependencyError
 from polytask.files import locked, new_folder
@@ -58,14 +59,28 @@ class Index(Spec):
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def pack(spec: DatasetSpec, out: Path, splits: Sequence[str] = (), *, per_shard: int = 256) -> dict[str, int]:
-    """Write all that is read of some splits (by default all) into a new folder; returns samples per split.
+def pack(
+    spec: DatasetSpec,
+    out: Path,
+    splits: Sequence[str] = (),
+    *,
+    tasks: Mapping[str, Task] | None = None,
+    per_shard: int = 256,
+) -> dict[str, int]:
+    """Write what is read of a dataset into a new folder; returns samples per split.
+
+    Args:
+        spec: the dataset.
+        out: folder to make.
+        splits: by default all.
+        tasks: whose labels to keep, by default all.
+        per_shard: samples per tar file.
 
     Raises:
         ConfigError: unknown split, or there is something at ``out`` already.
-        DataError: something cannot be read.
+        DataError: something cannot be read, or is no label of its task.
     """
-    tasks = dict(spec.labels())
+    tasks = dict(spec.labels() if tasks is None else tasks)
     for name in spec.EMPTY_IS_IGNORED & tasks.keys():
         tasks[name] = tasks[name].model_copy(update={"empty_is_ignored": True})
     found: dict[str, tuple[Shard, ...]] = {}
@@ -73,43 +88,47 @@ def pack(spec: DatasetSpec, out: Path, splits: Sequence[str] = (), *, per_shard:
         for split in splits or spec.split_names():
             spec.check_split(split)
             records, shards = spec.records(split), list[Shard]()
+            spec.check_records(split, records, tasks)
             for start in track(range(0, len(records), per_shard), f"packing {split}"):
                 path = draft / f"{split}-{len(shards):06d}.tar"
-                shards.append(_write(spec, records[start : start + per_shard], path))
+                shards.append(_write(spec, records[start : start + per_shard], tasks, path))
             found[split] = tuple(shards)
         index = encode(Index(dataset=spec.type, tasks=tasks, splits=found))
         (draft / _INDEX).write_text(json.dumps(index), encoding="utf-8")
     return {split: sum(len(shard.samples) for shard in shards) for split, shards in found.items()}
 
 
-def _write(spec: DatasetSpec, records: Sequence[Record], path: Path) -> Shard:
+def _write(spec: DatasetSpec, records: Sequence[Record], tasks: Mapping[str, Task], path: Path) -> Shard:
     samples = list[Sample]()
     with tarfile.open(path, "w") as tar:
         for number, record in enumerate(records):
             samples.append((record.id, {}))
-            for name, content in _members(spec, record):
+            for name, content in _members(spec, record, tasks):
                 member = tarfile.TarInfo(f"{path.stem}-{number:06d}.{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-                samples[-1][1][name] = (
-                    tar.offset + -member.size // 512 * 512,
-                    member.size,
-                )  # in whole blocks
+                start = tar.offset + -member.size // 512 * 512  # in whole blocks
+                samples[-1][1][name] = (start, member.size)
     return Shard(sha256=_digest(path), samples=tuple(samples))
 
 
-def _members(spec: DatasetSpec, record: Record) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a sample's files: id, image and labels, all without loss."""
+def _members(spec: DatasetSpec, record: Record, tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a sample's files: id, image and labels, all without loss and checked."""
     yield "id.txt", record.id.encode()
-    photo, pixels = record.files.get("image"), spec.read(record, "image").numpy()
+    image = spec.read(record, "image")
+    photo, pixels = record.files.get("image"), image.numpy()
     original = photo.read_bytes() if photo and photo.suffix.lower() in (".jpg", ".jpeg") else b""
     if original and np.array_equal(_decoded("image.jpg", original), pixels):
         yield "image.jpg", original
     else:
         yield _file("image", pixels)
-    names = [name for name, task in spec.labels().items() if not task.of_image]
-    for name in [*names, *(["clip"] if "clip" in record.files else [])]:
-        yield _file(name, spec.read(record, name).numpy())
+    for name, task in tasks.items():
+        if not task.of_image:
+            raw = spec.read(record, name)
+            spec.encode(record, name, task, raw, image)
+            yield _file(name, raw.numpy())
+    if "clip" in record.files:
+        yield _file("clip", spec.read(record, "clip").numpy())
 
 
 def _file(name: str, value: np.ndarray) -> tuple[str, bytes]:
@@ -208,11 +227,11 @@ class Packed(DatasetSpec):
             content = file.read(size)
         try:
             return torch.from_numpy(_decoded(member, content))
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            what = f"{name} of {record.id} cannot be decoded ({error})"
-            raise DataError(what, where=str(path), hint=_HINT) from None
+        except DAMAGE as error:
+            what = f"{member} cannot be decoded ({error})"
+            raise DataError(what, where=record.where(name), hint=_HINT) from None
 
-    def audit(self, split: str) -> list[str]:
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
         """Shards of a folder that are not as they were written; those of a URL are checked when fetched."""
         index, folder = _open(self.root)
         paths = [folder / f"{split}-{number:06d}.tar" for number in range(len(index.splits[split]))]

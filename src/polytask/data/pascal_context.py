@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -101,17 +101,22 @@ class PascalContext(DatasetSpec):
     EMPTY_IS_IGNORED: ClassVar[frozenset[str]] = frozenset({"human_parts"})
     SLOW: ClassVar[frozenset[str]] = frozenset(TASKS)
 
+    def split_names(self) -> tuple[str, ...]:
+        """And ``test_new``, the photos of ``val`` that odsF is published for, where there is their list."""
+        return (*self.SPLITS, *(["test_new"] if self._list("test_new").is_file() else []))
+
     def records(self, split: str) -> list[Record]:
         """The photos of ``ImageSets/Context/<split>.txt``, in its order."""
         self.check_split(split)
         check_folders(self.root, (*_FOLDERS, _SEMSEG), _ARCHIVE)
         found = [self._record(name) for name in read_list(self._list(split), _ARCHIVE)]
-        check_listed([record.files["image"] for record in found], self._list(split), _ARCHIVE)
         if not self.require_parts:
             return found
-        return [
-            r for r in track(found, f"looking for persons ({split})") if any(_parts(r.files["human_parts"]))
-        ]
+        return [r for r in track(found, f"looking for persons ({split})") if _may_have_parts(r)]
+
+    def check_records(self, split: str, records: Sequence[Record], tasks: Collection[str]) -> None:  # noqa: ARG002
+        """All photos of the list are there."""
+        check_listed([record.files["image"] for record in records], self._list(split), _ARCHIVE)
 
     def read(self, record: Record, name: str) -> Tensor:
         """One field, with validity as the official loaders have it (see ``DatasetSpec.read``)."""
@@ -205,6 +210,13 @@ def _context(path: Path) -> np.ndarray:
     if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.number):
         raise DataError("LabelMap is no map of ids", where=str(path), got=f"{ids.dtype} {ids.shape}")
     return ids
+
+
+def _may_have_parts(record: Record) -> bool:
+    try:
+        return any(_parts(record.files["human_parts"]))
+    except DataError:
+        return True  # and so it stays, to be refused when it is read
 
 
 def _parts(path: Path) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -52,6 +52,8 @@ class Pets(DatasetSpec):
         "species": Classification(classes=("cat", "dog")),
     }
 
+    FIRST_IDS: ClassVar[Mapping[str, int]] = {"trimap": 1, "breed": 1, "species": 1}
+
     def labels(self) -> Mapping[str, Task]:
         """With two classes of pixels if the border is ignored."""
         two = {"trimap": Segmentation(classes=("pet", "background"))}
@@ -62,20 +64,23 @@ class Pets(DatasetSpec):
         self.check_split(split)
         check_folders(self.root, ("images", "annotations/trimaps", _LISTS[split]), _ARCHIVE)
         path, found = self.root / _LISTS[split], []
-        table = read_table(path, _COLUMNS)
-        if min(table["breed"].min(), table["species"].min()) < 1:
-            raise DataError("breed or species below 1", where=str(path))
-        for name, breed, species, _ in table.tolist():
+        for name, breed, species, _ in read_table(path, _COLUMNS).tolist():
             photo, trimap = self.root / f"images/{name}.jpg", self.root / f"annotations/trimaps/{name}.png"
             files = {"image": photo, "trimap": trimap, "breed": path, "species": path}
-            found.append(Record(name, files, values={"breed": breed - 1, "species": species - 1}))
-        check_listed([record.files["image"] for record in found], path, _ARCHIVE)
+            found.append(Record(name, files, values={"breed": breed, "species": species}))
         return found
 
+    def check_records(self, split: str, records: Sequence[Record], tasks: Collection[str]) -> None:  # noqa: ARG002
+        """All photos of the list are there."""
+        check_listed([record.files["image"] for record in records], self.root / _LISTS[split], _ARCHIVE)
+
     def read(self, record: Record, name: str) -> Tensor:
-        """The photo, whatever kind of file it is; the trimap, from 0; or what the list says."""
-        if name in record.values:
-            return torch.tensor(record.values[name])
+        """The photo, whatever kind of file it is; the trimap, or what the list says, from 0."""
+        number = record.values.get(name)
+        if number is not None:
+            if number < 1:
+                raise DataError("number below 1", where=record.where(name), got=number)
+            return torch.tensor(number - 1)
         path = record.files[name]
         if name == "image":
             return torch.from_numpy(read_picture(path, "RGB")).permute(2, 0, 1)

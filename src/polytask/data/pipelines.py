@@ -123,7 +123,7 @@ class Astmt(Pipeline):
     """The transforms of the ASTMT line (MTI-Net, MTLoRA, AdaMTL): flip, one affine, stretch to size.
 
     The defaults repair what is harmful in the released code: labels outside the photo are ignored and
-    vectors are not turned against the image. ``border="zero"``, ``normal_rotation="compat"`` and
+    vectors turn with the image, not against it. ``border="zero"``, ``normal_rotation="compat"`` and
     ``nearest="corner"`` give the released arithmetic (cubic overshoot is clipped in any case).
     """
 
@@ -136,7 +136,7 @@ class Astmt(Pipeline):
         default="ignore", description="class outside the photo: 255 or 0"
     )
     normal_rotation: Literal["compat", "geometric", "off"] = Field(
-        default="off", description="how normals turn with the image: as released, as geometry demands, or not"
+        default="geometric", description="how normals turn: with the image, against it as released, or not"
     )
     nearest: Literal["center", "corner"] = Field(
         default="center", description="which point of a pixel picks its label when maps are stretched"

@@ -10,7 +10,7 @@ import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -35,7 +35,7 @@ from polytask.tasks.attributes import Attributes
 from polytask.tasks.base import Task
 from polytask.tasks.classification import Classification
 from polytask.tasks.depth import Depth
-from polytask.tasks.edge import Edge
+from polytask.tasks.edge import Boundary, Edge
 from polytask.tasks.normals import Normals
 from polytask.tasks.saliency import Saliency
 from polytask.tasks.segmentation import Segmentation
@@ -116,7 +116,7 @@ class Rooms(DatasetSpec):
         "saliency": Saliency(weight=5.0),
         "normals": Normals(weight=10.0),
         "depth": Depth(max_depth=20.0),
-        "edge": Edge(weight=50.0),
+        "edge": Edge(weight=50.0, boundary=Boundary(max_dist=0.011)),
         "scene": Classification(classes=SCENES),
         "attributes": Attributes(names=ATTRIBUTES),
         "objects": Attributes(names=CLASSES[1:]),
@@ -157,7 +157,7 @@ class Rooms(DatasetSpec):
         counts = semseg.flatten().bincount(minlength=len(CLASSES))
         return (counts[1:] * _VISIBLE >= semseg.numel()).to(torch.uint8)
 
-    def audit(self, split: str) -> list[str]:
+    def audit(self, split: str, tasks: Collection[str]) -> list[str]:  # noqa: ARG002 - of no task
         """Files of the cache that differ from what was rendered."""
         folder = self.folder(split)
         return [

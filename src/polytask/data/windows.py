@@ -42,7 +42,7 @@ class Window(NamedTuple):
 
     rows: Span
     columns: Span
-    zoom: float = 1.0  # what depth is divided by
+    zoom: float = 1.0  # what meters are divided by
     mirrored: bool = False
     aligned: bool = False  # corners, in interpolation, also of vectors; labels by upper left corners
 
@@ -65,8 +65,8 @@ class Window(NamedTuple):
         if isinstance(value, VectorMap):
             shown = unit(shown)
             shown[0] *= -1 if self.mirrored else 1
-        elif isinstance(value, ValueMap) and value.scales_with_zoom:
-            shown /= self.zoom
+        elif isinstance(value, ValueMap):
+            shown /= value.divisor(self.zoom)
         return like(self.lay(shown, value.FILL), value)
 
     def lay(self, shown: Tensor, fill: float | Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def turn(
     if isinstance(value, VectorMap):
         return like(unit(cubic, found & ~outside), value)
     found[:, outside] = value.FILL if border is None or isinstance(value, ValueMap) else border
-    if isinstance(value, ValueMap) and value.scales_with_zoom:
-        found /= zoom
+    if isinstance(value, ValueMap):
+        found /= value.divisor(zoom)
     return like(found, value)
 
 

@@ -25,6 +25,7 @@ def evaluate(
     batches: Iterable[Sample],
     *,
     bf16: bool = False,
+    final: bool = False,
     description: str = "evaluate",
 ) -> Scores:
     """Scores of all tasks; exact over processes and independent of the batch size.
@@ -34,10 +35,11 @@ def evaluate(
         tasks: what to predict and score.
         batches: labeled batches (this process's part of the split).
         bf16: run the model under bfloat16 autocast.
+        final: also the scores that take long, such as odsF (up to a second per image).
         description: words before the progress bar.
     """
     device = next(model.parameters()).device
-    metrics = {name: task.accumulators() for name, task in tasks.items()}
+    metrics = {name: task.accumulators(final=final) for name, task in tasks.items()}
     was_training = model.training
     model.eval()
     total_batches = len(batches) if isinstance(batches, Sized) else None

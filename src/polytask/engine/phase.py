@@ -35,6 +35,7 @@ class Position:
     step: int = 0
     global_step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     first_scores: dict[str, float] = field(default_factory=dict)
     best_gain: float | None = None
     scores: Scores = field(default_factory=dict)
@@ -141,7 +142,7 @@ class PhaseRun:
         return f"loss {sum(loss for _, loss in losses):.3g}" if losses else ""
 
     def _step(self, batch: Any) -> None:
-        place, started = self.position, time.perf_counter()
+        place, started, computing = self.position, time.perf_counter(), time.process_time()
         done = place.epoch * self.steps_per_epoch + place.step
         if self.scheduler is not None:
             self.scheduler.step_update(max(done - 1, 0))  # the official loops set the rate after update k
@@ -150,10 +151,11 @@ class PhaseRun:
         where = f"phase {self.phase.name!r}, step {place.global_step + 1}"
         result = train_step(self.model, batch, self.setup, where)
         self.losses = result.losses
-        if place.global_step == 0 and self.trainer.balancer.gram is not None:
+        if place.global_step == 0 and len(self.tasks) > 1:
             tell(f"balancer {self.trainer.balancer.cost()}")
         place.step, place.global_step = place.step + 1, place.global_step + 1
         place.seconds += time.perf_counter() - started
+        place.cpu_seconds += time.process_time() - computing
         if self.log is not None:
             self.log.write("step", place.global_step, self._line(result))
         every = self.recipe.run.checkpoint_every
@@ -168,7 +170,10 @@ class PhaseRun:
         line |= {f"penalty/{name}": value for name, value in result.penalties.items()}
         line |= {f"stat/{name}": value for name, value in result.stats.items()}
         line |= {"gradient_norm": result.gradient_norm, "lr": self.optimizer.param_groups[0]["lr"]}
-        return line | {"seconds": round(self.position.seconds, 3)}
+        if self.position.global_step == 1:
+            line["balancer"] = self.trainer.balancer.cost()
+        place = self.position
+        return line | {"seconds": round(place.seconds, 3), "cpu_seconds": round(place.cpu_seconds, 3)}
 
     def _end_of_epoch(self, last: bool) -> None:
         place, every = self.position, self.recipe.run.eval_every

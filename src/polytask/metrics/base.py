@@ -30,6 +30,8 @@ class Metric(ABC):
 
     ROWS: ClassVar[frozenset[str]] = frozenset()
     """Entries of the state that hold rows, ``[n, …]`` with n = 0 in ``zeros()``."""
+    FINAL: ClassVar[bool] = False
+    """Whether it takes too long for evaluations during training, so that only ``polytask eval`` has it."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = self.zeros()
@@ -74,7 +76,10 @@ class Metric(ABC):
 
 
 class MeanOfBatches(Metric):
-    """Scores of each batch, averaged as if batches were equally long: the habit of the MTAN family."""
+    """Scores of each batch, averaged as if batches were equally long: the habit of the MTAN family.
+
+    A batch without anything valid is left out.
+    """
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
@@ -85,8 +90,9 @@ class MeanOfBatches(Metric):
         return {"sums": sums, "batches": torch.zeros((), dtype=torch.int64)}
 
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        scores = self.metric.of(prediction, target)
-        return {"sums": torch.tensor(list(scores.values()), dtype=torch.float64), "batches": torch.tensor(1)}
+        scores = torch.tensor(list(self.metric.of(prediction, target).values()), dtype=torch.float64)
+        known = not scores.isnan().all()
+        return {"sums": scores if known else torch.zeros_like(scores), "batches": torch.tensor(int(known))}
 
     def compute(self) -> dict[str, float]:
         means = (self.state["sums"] / self.state["batches"]).tolist()

@@ -7,7 +7,7 @@ on PASCAL-Context and NYUD quote, with exact matchings where SEISM's miss a pair
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -44,7 +44,12 @@ def orientation(strength: np.ndarray) -> np.ndarray:
 
 
 def suppress(strength: np.ndarray) -> np.ndarray:
-    """Strength, float32 ``[H, W]``, where it is greatest across the edge (to one percent), else 0."""
+    """Strength, float32 ``[H, W]``, where it is greatest across the edge (to one percent), else 0.
+
+    It fades out towards the border, and is 0 in its outermost pixels: all of a map one or two pixels wide.
+    """
+    if min(strength.shape) < 3:
+        return np.zeros_like(strength)
     angle, sizes = orientation(strength), strength.shape
     rows, columns = (np.arange(size, dtype=np.float32) for size in sizes)
     kept = strength.copy()
@@ -83,7 +88,7 @@ def boundary_counts(
     """Matched, predicted and true boundary pixels of one image at each threshold, int64 ``[K, 3]``.
 
     Args:
-        strength: probability of a boundary, float32 ``[H, W]``, at least 2 x 2.
+        strength: probability of a boundary, float32 ``[H, W]``.
         truth: thin lines, boolean ``[H, W]``.
         max_dist: largest distance of a pair as a fraction of the image's diagonal.
         thresholds: ascending.
@@ -111,6 +116,8 @@ class BoundaryScore(Metric):
     labeled pixels, so that padding changes nothing; published figures are for the size of the photo, and for
     a ``max_dist`` of .0075 on PASCAL and .011 on NYUD.
     """
+
+    FINAL: ClassVar[bool] = True
 
     def __init__(
         self, max_dist: float = 0.0075, truth: Truth = "lines", thresholds: Sequence[float] = THRESHOLDS

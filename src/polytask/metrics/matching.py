@@ -42,16 +42,17 @@ def largest_matching(masks: np.ndarray, truth: np.ndarray, radius: float) -> np.
     mate = _greedy(graph)  # right node of each left node, or -1
     partner = np.full(graph.rights, -1)  # and the reverse
     partner[mate[mate >= 0]] = np.flatnonzero(mate >= 0)
-    single, right = np.flatnonzero(mate < 0), mate
-    while len(single) and len(right):
+    single = np.flatnonzero(mate < 0)
+    while len(single):
         parent, ends = _grow(graph, partner, single)
-        right = ends[single][ends[single] >= 0]
-        path = right
+        found = ends[single] >= 0
+        path = ends[single[found]]
         while len(path):  # walk back to the root; matched edges become free ones and vice versa
             left = parent[path]
             mate[left], partner[path], path = path, left, mate[left]
             path = path[path >= 0]
-        single = single[ends[single] < 0]
+        growing = np.bincount(graph.mask[single[found]], minlength=masks.shape[-1]) > 0
+        single = single[~found & growing[graph.mask[single]]]  # where no path was found, there is none
     return np.bincount(graph.mask[mate >= 0], minlength=masks.shape[-1])
 
 

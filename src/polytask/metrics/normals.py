@@ -17,7 +17,7 @@ def unit_vectors(vectors: Tensor, dim: int = 1) -> Tensor:
 def angles(
     prediction: Tensor, target: Tensor, *, normalize_target: bool = True, sum_test: bool = False
 ) -> Tensor:
-    """Angle between prediction and target, degrees ``[B, H, W]``; NaN where the target is invalid.
+    """Angle between prediction and target, degrees, float64 ``[B, H, W]``; NaN where the target is invalid.
 
     By atan2(|p x g|, p . g), which stays accurate at 0 and 180 degrees; a zero prediction is 90 off.
 
@@ -30,11 +30,13 @@ def angles(
     valid = target.sum(1) != 0 if sum_test else (target != 0).any(1)  # [B, H, W]
     if not normalize_target:
         cosine = (unit_vectors(prediction.float()) * target).sum(1)
-        return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).where(valid, float("nan"))
+        return torch.rad2deg(torch.acos(cosine.double().clamp(-1, 1))).where(valid, float("nan"))
     (x, y, z), (u, v, w) = prediction.float().unbind(1), target.float().unbind(1)  # [B, H, W] each
     along = x * u + y * v + z * w
     across = ((y * w - z * v) ** 2 + (z * u - x * w) ** 2 + (x * v - y * u) ** 2).sqrt()
-    theta = torch.atan2(across, along).masked_fill((across == 0) & (along == 0), torch.pi / 2)
+    # In float32 the last bit would depend on the batch: torch's atan2 treats the ends of arrays differently.
+    theta = torch.atan2(across.double(), along.double())
+    theta = theta.masked_fill((across == 0) & (along == 0), torch.pi / 2)
     return torch.rad2deg(theta).where(valid, float("nan"))
 
 
@@ -69,7 +71,7 @@ class AngularError(Metric):
         modes = {"normalize_target": self.normalize_target, "sum_test": self.sum_test}
         theta = angles(prediction, target, **modes)
         unknown, bins = theta.isnan(), 180 * self.bins_per_degree
-        wide = theta.masked_fill(unknown, 0).double()
+        wide = theta.masked_fill(unknown, 0)
         place = (wide * self.bins_per_degree).long().clamp(max=bins - 1).masked_fill(unknown, bins)
         return {
             "sums": torch.stack([wide.sum(), (wide * wide).sum()]),

@@ -37,15 +37,19 @@ class MaxF(Metric):
     Achanta et al., CVPR 2009; a pixel is salient if p >= t.
 
     Args:
-        levels: number of thresholds: 19 (.05, .10 … .95) in the InvPT family of evaluators; 255 elsewhere.
+        levels: number of thresholds, 19 (.05, .10 … .95) in the InvPT family of evaluators.
+        ends: thresholds from 0 to 1, both included; the score is then called ``maxF_<levels>``. 256 of them
+            are the bytes of a picture, as in work on saliency alone.
         double_sigmoid: pass the probability through a second sigmoid, as most of those evaluators do by
             mistake; for comparison with published numbers.
     """
 
     beta2 = 0.3
 
-    def __init__(self, levels: int = 19, *, double_sigmoid: bool = False) -> None:
-        self.double_sigmoid, self.thresholds = double_sigmoid, torch.arange(1, levels + 1) / (levels + 1)
+    def __init__(self, levels: int = 19, *, ends: bool = False, double_sigmoid: bool = False) -> None:
+        within = torch.arange(levels) / (levels - 1) if ends else torch.arange(1, levels + 1) / (levels + 1)
+        self.name = f"maxF_{levels}" if ends else "maxF"
+        self.double_sigmoid, self.thresholds = double_sigmoid, within
         super().__init__()
 
     def zeros(self) -> dict[str, Tensor]:
@@ -59,10 +63,10 @@ class MaxF(Metric):
     def compute(self) -> dict[str, float]:
         negatives, positives = self.state["passed"].double()
         if negatives[0] + positives[0] == 0:
-            return {"maxF": float("nan")}
+            return {self.name: float("nan")}
         hits = positives[1:]
         f = f_score(hits / (hits + negatives[1:]), hits / positives[0], self.beta2)
-        return {"maxF": 100 * float(f.max())}
+        return {self.name: 100 * float(f.max())}
 
 
 class SaliencyIoU(Metric):

@@ -69,6 +69,7 @@ def _marginals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class MeanIoU(Metric):
     """``mIoU``, ``pixel_accuracy`` and ``mean_accuracy`` over all pixels seen, in percent.
 
+    If a class is called ``background``, ``mIoU_foreground`` is the mean over the others.
     The official evaluators of the ASTMT and InvPT families count an absent class as 0 (``absent="zero"``),
     those of the MTAN family let it make the mean NaN (``"nan"``).
 
@@ -92,11 +93,15 @@ class MeanIoU(Metric):
     def compute(self) -> dict[str, float]:
         matrix = self.state["confusion"]
         hits, _, true = _marginals(matrix)
-        return {
-            "mIoU": 100 * mean_iou(class_iou(matrix), self.absent),
+        iou, foreground = class_iou(matrix), [name != "background" for name in self.classes]
+        scores = {
+            "mIoU": 100 * mean_iou(iou, self.absent),
             "pixel_accuracy": 100 * float(hits.sum() / true.sum()),
             "mean_accuracy": 100 * float(class_accuracy(matrix).nanmean()),
         }
+        if not all(foreground):
+            scores["mIoU_foreground"] = 100 * mean_iou(iou[torch.tensor(foreground)], self.absent)
+        return scores
 
     def per_class(self) -> dict[str, float]:
         """IoU of each class in percent; NaN where a class is absent."""

@@ -105,9 +105,12 @@ class Task(Spec):
         """Fresh accumulators; together their scores must contain ``headline``."""
 
     @final
-    def accumulators(self) -> tuple[Metric, ...]:
-        """``metrics`` under the settings that all tasks share, and ``extra_metrics``."""
-        own = self.metrics()
+    def accumulators(self, *, final: bool = False) -> tuple[Metric, ...]:
+        """``metrics`` under the settings that all tasks share, and ``extra_metrics``.
+
+        Without ``final``, those that take too long for evaluations during training are left out.
+        """
+        own = tuple(metric for metric in self.metrics() if final or not metric.FINAL)
         if self.mean_of_batches:
             own = tuple(MeanOfBatches(metric) for metric in own)
         return (*own, *(Plugged(name, plugin) for name, plugin in self.extra_metrics.items()))

@@ -1,4 +1,4 @@
-"""Distance to the camera plane, in meters."""
+"""Distance to the camera plane, in meters, or its inverse."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polytask.config import register
 from polytask.data.maps import ValueMap
+from polytask.errors import DataError
 from polytask.losses import masked_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.depth import DepthError
@@ -26,10 +27,13 @@ _VIRIDIS = np.array(
 class Depth(Task):
     """Depth, scored by the root mean square error.
 
-    Raw labels are meters ``[H, W]``, 0 = invalid.
+    Raw labels are meters (or inverse depth) ``[H, W]``, 0 = invalid.
     """
 
     type: Literal["depth"] = "depth"
+    inverse: bool = Field(
+        default=False, description="labels are inverse depth or disparity: a zoom multiplies them"
+    )
     max_depth: float | None = Field(
         default=None, gt=0.0, description="pixels at or beyond this true depth (meters) are not scored"
     )
@@ -42,7 +46,11 @@ class Depth(Task):
         return 1
 
     def encode(self, raw: Tensor) -> ValueMap:
-        return ValueMap(finite(raw)[None])
+        depth = finite(raw)
+        if depth.min() < 0:
+            what = f"depth map with {int((depth < 0).sum())} negative values"
+            raise DataError(what, got=f"{float(depth.min()):g}", expected="0 where invalid")
+        return ValueMap(depth[None], zoom_power=1 if self.inverse else -1)
 
     def unknown(self, height: int, width: int) -> Tensor:
         return torch.zeros(height, width)

@@ -22,14 +22,14 @@ class Boundary(Spec):
 
 @register("task")
 class Edge(BinaryTask):
-    """Boundary detection, scored during training by an F with one pixel of tolerance."""
+    """Boundary detection, scored by an F with one pixel of tolerance, and by odsF in ``polytask eval``."""
 
     type: Literal["edge"] = "edge"
     positive_weight: float | None = Field(
         default=0.95, gt=0.0, lt=1.0, description="loss weight of edge pixels; batch statistics if null"
     )
     boundary: Boundary | None = Field(
-        default=None, description="odsF too; takes up to a second per image, so rather for `polytask eval`"
+        default=Boundary(), description="odsF, oisF and AP in `polytask eval`; none if null"
     )
 
     headline: ClassVar[str] = "F_tol"

@@ -11,10 +11,31 @@ from torch import Tensor
 
 from polytask.config import register
 from polytask.data.maps import VectorMap
-from polytask.losses import normals_l1
+from polytask.errors import DataError
+from polytask.losses import normals_cosine, normals_l1
 from polytask.metrics.base import Metric, Total
 from polytask.metrics.normals import AngularError, unit_vectors
 from polytask.tasks.base import Task, finite, identity
+
+_ZERO, _MEAN, _MOST = 0.02, (0.5, 1.5), 2.0
+"""Length up to which a vector is zero (0.007 in 8-bit colors), bounds of the mean length, and the greatest.
+
+Wide, as outputs of networks and interpolated vectors are some percent off, and holes that are black in a
+picture of colors have 1.73.
+"""
+
+
+def about_unit(vectors: Tensor, where: str | None = None) -> Tensor:
+    """The vectors ``[H, W, 3]``; raises DataError if they cannot be meant to have unit length (or zero)."""
+    x, y, z = vectors.unbind(-1)
+    length = (x * x + y * y + z * z).sqrt()
+    present = length > _ZERO
+    mean, most = (length * present).sum() / present.sum().clamp_min(1), length.max()
+    if present.any() and not (_MEAN[0] <= mean <= _MEAN[1] and most <= _MOST):
+        got = f"{mean:.3g} on average, up to {most:.3g}"
+        expected = "vectors of length 1, or 0 where invalid"
+        raise DataError("normals of another length", where=where, got=got, expected=expected)
+    return vectors
 
 
 @register("task")
@@ -25,6 +46,9 @@ class Normals(Task):
     """
 
     type: Literal["normals"] = "normals"
+    distance: Literal["l1", "cosine"] = Field(
+        default="l1", description="the loss: mean absolute difference of components, or 1 - cosine"
+    )
     normalize_target: bool = Field(
         default=True, description="off: angles as the early published evaluators compute them"
     )
@@ -41,13 +65,13 @@ class Normals(Task):
         return 3
 
     def encode(self, raw: Tensor) -> VectorMap:
-        return VectorMap(finite(raw, 3).permute(2, 0, 1).contiguous())
+        return VectorMap(about_unit(finite(raw, 3)).permute(2, 0, 1).contiguous())
 
     def unknown(self, height: int, width: int) -> Tensor:
         return torch.zeros(height, width, 3)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
-        return normals_l1(logits, target, total)
+        return (normals_l1 if self.distance == "l1" else normals_cosine)(logits, target, total)
 
     def predict(self, logits: Tensor) -> Tensor:
         return unit_vectors(logits.float())

@@ -68,7 +68,7 @@ class Saliency(BinaryTask):
     )
     double_sigmoid: bool = Field(default=False, description="maxF as most published evaluators compute it")
 
-    levels: int = Field(default=19, ge=1, description="thresholds of maxF; 255 in papers on saliency alone")
+    levels: int = Field(default=19, ge=1, description="thresholds of maxF")
     rowwise: bool = Field(default=False, description="mIoU per row of pixels, as AdaMTL's evaluator has it")
 
     headline: ClassVar[str] = "mIoU"
@@ -79,4 +79,5 @@ class Saliency(BinaryTask):
         return self.positive_weight
 
     def metrics(self) -> tuple[Metric, ...]:
-        return SaliencyIoU(rowwise=self.rowwise), MaxF(self.levels, double_sigmoid=self.double_sigmoid)
+        published = MaxF(self.levels, double_sigmoid=self.double_sigmoid)
+        return SaliencyIoU(rowwise=self.rowwise), published, MaxF(256, ends=True)

@@ -67,6 +67,9 @@ class Segmentation(Task):
         return len(self.classes)
 
     def encode(self, raw: Tensor) -> ClassMap:
+        if raw.is_floating_point() and (raw.frac() != 0).any():  # NaN and infinity have a fraction
+            got = float(raw[raw.frac() != 0][0])
+            raise DataError("label map with a value that is no integer", got=got)
         if not 0 <= raw.min() <= raw.max() < len(self.classes):  # else there is nothing to look for
             unknown = ((raw < 0) | (raw >= len(self.classes))) & (raw != IGNORE)
             if unknown.any():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polytask.balancers import balancer, weights
 from polytask.balancers.base import Balancer
 from polytask.balancers.engine import GradientBalancer
-from polytask.balancers.jacobian import product
+from polytask.balancers.jacobian import mix, product
 from polytask.errors import ConfigError, ConfigErrors, NonFiniteLossError, PolytaskWarning
 from polytask.types import Partition, PerTask, partition
 from tests.helpers import TASKS, build, image, model_spec
@@ -155,6 +155,19 @@ def test_frozen_trunk_and_missing_tasks(net: Net, x: Tensor) -> None:
         parameter.requires_grad_(False)
     assert run(b, net, x) == dict.fromkeys(NAMES, 1.0)
     assert_heads(net, x, dict.fromkeys(NAMES, 1.0))
+
+
+def test_rows_forget_what_a_task_no_longer_reaches(net: Net, x: Tensor) -> None:
+    b = make("mgda")
+    run(b, net, x)
+    net.zero_grad()
+    losses = net.losses(net.features(x))
+    losses["b"] = net.first(x).square().mean()  # past the second layer
+    w = b.backward(losses, net.partition())
+    again = net.losses(net.features(x))
+    rest = w["a"] * again["a"] + w["c"] * again["c"]
+    (expected,) = torch.autograd.grad(rest, [net.second.weight])
+    torch.testing.assert_close(net.second.weight.grad, expected)
 
 
 def test_bfloat16_parameters(net: Net, x: Tensor) -> None:
@@ -316,6 +329,9 @@ def test_products_are_accumulated_precisely() -> None:
     wide = torch.randn(3, 300_001, generator=torch.Generator().manual_seed(0))
     exact = wide.double() @ wide.double().T
     assert float((product(wide, wide) - exact).abs().max() / exact.max()) < 1e-6
+    w, out = np.array([0.5, -2.0, 1.0]), torch.empty(300_001)
+    mix(w, wide, out)
+    torch.testing.assert_close(out, (torch.tensor(w) @ wide.double()).float())
 
 
 def test_three_batches(net: Net, x: Tensor) -> None:

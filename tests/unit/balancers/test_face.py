@@ -164,7 +164,7 @@ def test_looking_back(loop: Loop) -> None:
     b.after_step(loop.losses())  # more tasks than took part in the step
     assert torch.isfinite(b.memory["logits"]).all()
     assert b.memory["logits"][0] == kept["logits"][0]
-    for other, sentence in ((b, "losses: unknown task 'x'"), (balancer("famo", NAMES), "there was none")):
+    for other, sentence in ((b, "losses: 'x' is not a task"), (balancer("famo", NAMES), "there was none")):
         with pytest.raises(ConfigError, match=sentence):
             other.after_step({"x" if other is b else "parts": torch.ones(())})
     assert "one more forward pass" in b.cost()
@@ -253,7 +253,7 @@ def test_what_is_no_loss_no_feature_and_not_shared(loop: Loop) -> None:
     for shared in (loop.trunk[0].weight, loop.trunk.named_parameters(), [loop.trunk(loop.x)], [], 3):
         if shared is not loop.trunk[0].weight:
             refused(b, losses, "shared: is a module or its parameters, got ", shared=shared)
-    sentence = "parts[1]: unknown task 'x'"
+    sentence = "parts[1]: 'x' is not a task"
     modo = balancer("modo", NAMES)
     refused(modo, losses, sentence, parts=[loop.losses(), {"x": losses["depth"]}])
     bad = [loop.losses(), {name: loss * float("inf") for name, loss in loop.losses().items()}]
@@ -268,7 +268,7 @@ def test_what_does_not_belong_together(loop: Loop) -> None:
     bad = {**losses, "parts": z}
     refused(balancer("mgda", NAMES), bad, "the loss of task 'parts' is no scalar, got 'shape [5, 8]'")
     bad = {**losses, "dept": losses["parts"]}
-    refused(balancer("mgda", NAMES), bad, "unknown task 'dept'; did you mean 'depth'?")
+    refused(balancer("mgda", NAMES), bad, "losses: 'dept' is not a task of this run; did you mean 'depth'?")
     other = nn.Linear(3, 3)
     refused(
         balancer("mgda", NAMES), losses, "the loss of task 'depth' does not depend on any shared parameter",

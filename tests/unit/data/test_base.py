@@ -21,10 +21,10 @@ from polytask.data.base import (
     derive,
     eval_loader,
     train_loader,
-    verify,
 )
 from polytask.data.maps import ClassMap
 from polytask.data.pipelines import Pipeline, Plain
+from polytask.data.verification import verify
 from polytask.errors import ConfigError, ConfigErrors, DataError, DatasetNotFoundError
 from polytask.tasks.base import Task, TaskSet
 from polytask.tasks.classification import Classification
@@ -271,8 +271,9 @@ def test_verify_counts_values() -> None:
     assert report.counts == {"train": 11, "val": 11}
     assert sum(report.histograms["semseg"].values()) == 2 * 11 * 48
     assert report.histograms["kind"] == {0: 12, 1: 10}
-    low, high = report.ranges["depth"]
-    assert 1 <= low < high <= 2
+    depth = report.ranges["depth"]
+    assert 1 <= depth["min"] < depth["max"] <= 2
+    assert (depth["valid"], depth["invalid"]) == (2 * 11 * 48, 0)
 
 
 def test_verify_collects_problems() -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from polytask.data import cache
-from polytask.data.base import verify
 from polytask.data.cache import label_folder, prepare, read_cached
 from polytask.data.pascal_context import PascalContext
 from polytask.data.rooms import Rooms
+from polytask.data.verification import verify
 from polytask.errors import ConfigError, DataError, PolytaskWarning
 from polytask.tasks.base import TaskSet
 from tests.data.pascal_mt import write_pascal_mt
@@ -98,22 +99,73 @@ def test_a_folder_of_ones_own_fills_itself(spec: PascalContext, tmp_path: Path, 
     assert "scene" not in prepare(rooms, ["val"])["labels"]
 
 
-def test_changed_files_and_changed_code_are_noticed(
+def touch(path: Path) -> None:
+    """Another time of modification."""
+    facts = path.stat()
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+
+
+def swap(path: Path) -> None:
+    """Another content (a map of zeros) with the size and the time of modification that there were."""
+    facts = path.stat()
+    with Image.open(path) as picture:
+        Image.new("L", picture.size).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0" * (facts.st_size - len(content)))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+
+
+def test_changed_content_and_changed_code_are_noticed(
     spec: PascalContext, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(spec)
     record, other = spec.records("val")[:2]
-    path = record.files["semseg"]
-    facts = path.stat()
-    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    before = read_cached(spec, record, "saliency")
+    swap(record.files["saliency"])
     del reads[:]
     for _ in range(2):
-        read_cached(spec, record, "semseg")
-        read_cached(spec, other, "semseg")
-    assert reads == ["semseg"]
+        assert before.any() and not read_cached(spec, record, "saliency").any()
+        read_cached(spec, other, "saliency")
+    assert reads == ["saliency"]
     monkeypatch.setattr(cache, "_code", lambda _: "edited")
     read_cached(spec, other, "semseg")
-    assert reads == ["semseg", "semseg"]
+    assert reads == ["saliency", "semseg"]
+
+
+def test_files_that_were_only_touched_count(
+    spec: PascalContext, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(spec)
+    record, hashed = spec.records("val")[0], list[str]()
+    original = cache._hash
+    monkeypatch.setattr(cache, "_hash", lambda path, state: (hashed.append(path), original(path, state))[1])
+    del reads[:]
+    read_cached(spec, record, "semseg")
+    assert not hashed
+    for path in record.files.values():
+        touch(path)
+    for _ in range(2):
+        kept = read_cached(spec, record, "semseg")
+    assert set(hashed) == set(map(str, record.files.values())) and len(hashed) == len(set(hashed))
+    assert not reads and torch.equal(kept, spec.read(record, "semseg"))
+
+
+def test_preparing_looks_at_the_content_itself(
+    spec: PascalContext, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system whose times do not tell that a file has changed."""
+    monkeypatch.setattr(cache, "_state", lambda path: (os.stat(path).st_size, os.stat(path).st_mtime_ns))
+    prepare(spec)
+    record = spec.records("val")[0]
+    del reads[:]
+    prepare(spec)
+    assert not reads
+    swap(record.files["saliency"])
+    assert read_cached(spec, record, "saliency").any()
+    prepare(spec)
+    assert sorted(reads) == sorted(spec.TASKS)  # all labels of one sample: one may depend on another's file
+    assert not read_cached(spec, record, "saliency").any()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "foreign"])
@@ -155,9 +207,7 @@ def test_problems_are_collected_and_verify_reads_the_files(spec: PascalContext) 
     assert len(report["problems"]) == 1
     assert str(broken) in report["problems"][0]
     other = spec.records("val")[1].files["saliency"]
-    facts = other.stat()
-    other.write_bytes(b"\0" * facts.st_size)
-    os.utime(other, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # the one change that is not noticed
+    other.write_bytes(b"\0" * other.stat().st_size)
     assert any(str(other) in problem for problem in verify(spec, ["val"]).problems)
     other.unlink()
     with pytest.raises(DataError, match="sal_distill"):
@@ -185,8 +235,9 @@ def test_several_processes_fill_one_folder(spec: PascalContext) -> None:
 def test_values_are_kept_without_loss(tmp_path: Path, value: np.ndarray, kind: type) -> None:
     codes, _ = cache._exact(value)
     assert codes.dtype == kind
-    cache._keep(tmp_path / "x" / "y", "stamp", value)
-    kept = cache._load(tmp_path / "x" / "y", "stamp")
+    cache._keep(tmp_path / "x" / "y", {"code": "c", "states": "s"}, value)
+    kept = cache._load(tmp_path / "x" / "y", "c")
     assert kept is not None
-    assert np.array_equal(kept.numpy(), value)
+    assert kept[1]["states"] == "s"
+    assert np.array_equal(kept[0].numpy(), value)
     assert cache._load(tmp_path / "x" / "y", "other") is None

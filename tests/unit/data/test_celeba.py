@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 from polytask.config import decode
-from polytask.data.base import Record, verify
+from polytask.data.base import Record
 from polytask.data.celeba import ATTRIBUTES, CelebA, by_person
+from polytask.data.verification import verify
 from polytask.errors import DataError, DatasetNotFoundError
 from polytask.tasks.base import TaskSet
 from tests.data.celeba import SPLITS, Face, write_celeba
@@ -62,14 +64,21 @@ def test_a_person_in_two_splits_is_refused(written: Written) -> None:
     spec, _ = written
     path = one_list(spec, "identity_CelebA.txt")
     path.write_text(path.read_text().replace("8692", "2880"))
-    with pytest.raises(
-        DataError, match=r"1 of 6 persons are in more than one split, first 2880; set .*person"
-    ):
-        spec.records("val")
+    message = r"identity_CelebA\.txt: 1 of 6 persons are in more than one split, first 2880; set .*person"
+    tasks = TaskSet(spec.labels())
+    with pytest.raises(DataError, match=message):
+        spec.open("val", tasks, train=False)
+    others = tasks.subset(["attributes", "reconstruction"])
+    assert len(spec.open("val", others, train=False)) == len(spec.records("val"))
+    (problem,) = verify(spec).problems
+    assert re.search(message, problem)
+    assert verify(spec, tasks=others).problems == []
     apart = spec.model_copy(update={"split_by": "person"})
     people = [{r.values["identity"] for r in apart.records(split)} for split in SPLITS]
     assert people == [{7, 15, 31, 2880}, {2937}, {9040}]
     assert sum(len(apart.records(split)) for split in SPLITS) == 14
+    assert apart.open("val", tasks, train=False).records
+    assert verify(apart).problems == []
 
 
 def test_splits_by_person_are_disjoint_and_of_a_tenth() -> None:
@@ -86,16 +95,23 @@ def test_splits_by_person_are_disjoint_and_of_a_tenth() -> None:
     [
         ("list_attr_celeba.txt", ("000002.jpg", "000002.jpg 1"), r"list cannot be read \(.*41.*42.*row 2"),
         ("list_attr_celeba.txt", (" 1 ", " yes "), "list cannot be read"),
-        ("list_eval_partition.txt", ("000003.jpg 0", "000003.jpg 5"), "partition that is not 0, 1 or 2"),
+        (
+            "list_eval_partition.txt",
+            ("000003.jpg 0", "000003.jpg 5"),
+            r"\(000003.*not 0, 1 or 2, got 5",
+        ),
         ("list_eval_partition.txt", ("000003.jpg 0\n", ""), "list of other files, expected the 14 files"),
-        ("identity_CelebA.txt", ("000003.jpg", "000099.jpg"), "list of other files"),
+        ("identity_CelebA.txt", ("000003.jpg", "000099.jpg"), "list of other files.*first .* 000099.jpg"),
+        ("list_attr_celeba.txt", (" Young", ""), "another set of attributes .*difference in Young"),
+        ("list_attr_celeba.txt", ("Male", "Female"), "another set .* the 40 of CelebA.* Female, Male"),
+        ("list_attr_celeba.txt", ("Male", "Bald"), "another set .*difference in Male"),
     ],
 )
 def test_bad_lists(written: Written, name: str, change: tuple[str, str], message: str) -> None:
     spec, _ = written
     path = one_list(spec, name)
     path.write_text(path.read_text().replace(*change, 1))
-    with pytest.raises(DataError, match=f"{name}: {message}"):
+    with pytest.raises(DataError, match=f"{name}:? {message}"):
         spec.records("train")
 
 
@@ -103,7 +119,20 @@ def test_attribute_of_zero_is_refused(written: Written) -> None:
     spec, _ = written
     path = one_list(spec, "list_attr_celeba.txt")
     path.write_text(path.read_text().replace(" 1 ", " 0 ", 1))
-    assert any("unknown attribute values" in problem for problem in verify(spec).problems)
+    (problem,) = verify(spec).problems
+    assert problem == f"{path} (attributes of 000001.jpg): attribute that is neither -1 nor 1, got 0"
+
+
+def test_attributes_are_found_by_name(written: Written) -> None:
+    spec, faces = written
+    path = one_list(spec, "list_attr_celeba.txt")
+    count, header, *rows = (line.split() for line in path.read_text().splitlines())
+    order = np.random.default_rng(0).permutation(len(header))
+    shuffled = [[row[0], *(row[1 + i] for i in order)] for row in rows]
+    lines = (count, [header[i] for i in order], *shuffled)
+    path.write_text("\n".join(" ".join(line) for line in lines))  # here without the space at the end
+    for record in spec.records("train"):
+        assert spec.read(record, "attributes").tolist() == faces[record.id].attributes
 
 
 @pytest.mark.filterwarnings("ignore:.*input contained no data")
@@ -111,7 +140,7 @@ def test_missing_parts(written: Written) -> None:
     spec, _ = written
     one_list(spec, "000001.jpg").unlink()
     assert len(spec.records("train")) == 6  # files are not looked for
-    assert any("000001.jpg: image cannot be read" in problem for problem in verify(spec, ["train"]).problems)
+    assert any("000001.jpg: no such file" in problem for problem in verify(spec, ["train"]).problems)
     path = one_list(spec, "list_eval_partition.txt")
     path.write_text("")
     with pytest.raises(DataError, match="list cannot be read"):

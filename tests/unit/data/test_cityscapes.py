@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from polytask.config import decode
-from polytask.data.base import verify
 from polytask.data.cityscapes import CATEGORIES, CLASSES, Cityscapes
+from polytask.data.mtan import CityscapesSmall
+from polytask.data.verification import verify
 from polytask.errors import ConfigError, DataError, DatasetNotFoundError
+from polytask.tasks import Depth
 from tests.data.cityscapes import BASELINE, FOCUS, NAMES, ONLY_IN_CATEGORIES, Street, write_cityscapes
 
 
@@ -83,10 +85,12 @@ def test_depth_in_its_three_units(root: Path, streets: dict[str, Street]) -> Non
     assert far[0, :4].tolist() == pytest.approx([0, 0, BASELINE * FOCUS * 256, BASELINE * FOCUS * 6.4])
 
 
-def test_only_meters_can_be_zoomed(root: Path) -> None:
-    with pytest.raises(ConfigError, match="zoom know meters only: use `plain`"):
-        open_spec(root, depth_kind="inverse", pipeline={"type": "mtan"})
-    open_spec(root, pipeline={"type": "mtan"})
+def test_kind_of_depth_says_what_a_zoom_does(root: Path) -> None:
+    for kind, inverse in (("meters", False), ("inverse", True), ("disparity", True)):
+        depth = open_spec(root, depth_kind=kind, pipeline={"type": "mtan"}).labels()["depth"]
+        assert isinstance(depth, Depth) and depth.inverse == inverse
+    small = CityscapesSmall.TASKS["depth"]
+    assert isinstance(small, Depth) and small.inverse
 
 
 # --- errors ----------------------------------------------------------------------------------------

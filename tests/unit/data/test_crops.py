@@ -15,9 +15,10 @@ from polytask.data.colors import distort, shift
 from polytask.data.composed import Composed
 from polytask.data.crops import Atrc, Mtan, Multimae
 from polytask.data.maps import ClassMap, ValueMap, VectorMap, plain, unit
-from polytask.data.pipelines import Pipeline, Plain
+from polytask.data.pipelines import Astmt, Pipeline, Plain
 from polytask.data.windows import Span, Window
 from polytask.errors import ConfigError, ConfigErrors
+from polytask.tasks import Depth
 from polytask.types import Sample
 
 MAPS = ("semseg", "depth", "normals")
@@ -191,6 +192,19 @@ def test_multimae_pads_with_gray_at_the_bottom_and_right() -> None:
     assert small["semseg"].ne(255).sum() == 6 * 12
     full = Multimae(scale=(1.0, 1.0)).train(sample(16, 32), (24, 24))
     assert full["semseg"].ne(255).all()  # the smaller side fills the frame
+
+
+def test_zoom_follows_the_kind_of_depth() -> None:
+    """Meters times inverse meters is one before and after, unless the released code is followed."""
+    meters = torch.rand(24, 32, generator=torch.Generator().manual_seed(0)) + 0.5
+    before = sample() | {"depth": Depth().encode(meters), "inverse": Depth(inverse=True).encode(1 / meters)}
+    for pipeline in (Mtan(scales=(1.5,)), Atrc(scale=(2.0, 2.0)), Multimae(scale=(1.5, 1.5)), Astmt()):
+        torch.manual_seed(1)
+        after = pipeline.train(before, (24, 32))
+        product = after["depth"] * after["inverse"]
+        assert torch.allclose(product, (product > 0).float(), atol=1e-5) and product.any()
+    after = Mtan(scales=(1.5,), inverse_depth="divide").train(before, (24, 32))
+    assert torch.allclose(after["depth"] * after["inverse"], torch.tensor(1.5**-2))
 
 
 def test_mtan_zooms_in_and_neither_normalizes_nor_resizes() -> None:

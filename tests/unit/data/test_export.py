@@ -12,11 +12,12 @@ from PIL import Image
 
 from polytask.catalog import dataset
 from polytask.data import celeba, cityscapes, standins, video
-from polytask.data.base import DatasetSpec, verify
+from polytask.data.base import DatasetSpec
 from polytask.data.export import CONTEXT, LAYOUTS, SKY, VOC, export
 from polytask.data.pascal_context import WITH_NORMALS, boundaries
 from polytask.data.rooms import FIRST_SEED
 from polytask.data.scenes import compose_scene, trace
+from polytask.data.verification import verify
 from polytask.errors import ConfigError
 
 COUNT = 5

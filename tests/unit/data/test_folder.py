@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 from polytask.config import decode
-from polytask.data.base import verify
+from polytask.data.base import Samples
 from polytask.data.folder import Folder
+from polytask.data.verification import verify
 from polytask.errors import ConfigErrors, DataError, DatasetNotFoundError
 from polytask.files import override
 from polytask.tasks.base import TaskSet
@@ -27,6 +29,11 @@ def root(tmp_path: Path) -> Path:
 
 def changed(root: Path, *changes: str) -> Folder:
     return decode(Folder, override({"data": settings(root)}, [f"data.{c}" for c in changes])["data"])
+
+
+def opened(spec: Folder, *names: str) -> Samples:
+    tasks = TaskSet(spec.labels())
+    return spec.open("val", tasks.subset(names) if names else tasks, train=False)
 
 
 def raw_of(root: Path) -> Any:
@@ -70,7 +77,7 @@ def test_a_list_gives_the_order(root: Path) -> None:
     assert [r.id for r in spec.records("val")] == ["photos/val/p7_rgb.png", "photos/val/p5_rgb.png"]
     (root / "val.txt").write_text("photos/val/p9_rgb.png\n")
     with pytest.raises(DatasetNotFoundError, match=r"val\.txt: 1 of 1 listed photos .* first p9_rgb"):
-        spec.records("val")
+        opened(spec)
 
 
 def test_arrays_and_holes_that_are_not_numbers(root: Path) -> None:
@@ -95,10 +102,21 @@ def test_labels_may_be_optional(root: Path) -> None:
         DatasetNotFoundError,
         match=r"1 of 3 images have no label 'marked', first .*p6_rgb\.JPG, expected masks.*optional=true",
     ):
-        changed(root).records("val")
+        opened(changed(root))
+    assert opened(changed(root), "again").records  # does not need them
+    missing = {f"{folder}/p6.png: no such file" for folder in ("masks/val", "ids", "depth", "normals")}
+    problems = verify(changed(root), ["val"]).problems
+    assert all(sum(words in problem for problem in problems) == 1 for words in missing)
+    row = f"{table}: table has no row for photos/val/p6_rgb.JPG; set data.targets."
+    assert [problem.partition(row)[2] for problem in problems[4:]] == [
+        f"{name}.optional=true if that is right" for name in ("room", "facts", "place")
+    ]
+    with pytest.raises(DatasetNotFoundError, match=r"1 of 3 images have no label 'room'.*table\.csv"):
+        opened(changed(root), "room")
     names = ("marked", "surface", "depth", "normals", "room", "facts", "place")
     spec = changed(root, *(f"targets.{name}.optional=true" for name in names))
-    sample = spec.open("val", TaskSet(spec.labels()), train=False)[1]
+    assert verify(spec).problems == []
+    sample = opened(spec)[1]
     assert all(torch.all(sample[name] == 255) for name in ("marked", "surface"))
     assert not sample["depth"].any() and not sample["normals"].any()
     assert [sample[name].tolist() for name in ("room", "facts", "place")] == [-1, [-1, -1], -1]
@@ -148,11 +166,15 @@ def test_missing_root(tmp_path: Path) -> None:
 def test_bad_tables(root: Path) -> None:
     table, spec = root / "table.csv", changed(root)
     text = table.read_text()
-    table.write_text(text.replace("kitchen", "cellar", 1))
-    with pytest.raises(
-        DataError, match=r"table\.csv: unknown label, expected bath, kitchen, or nothing.*'cellar'"
-    ):
-        spec.records("val")
+    unknown = (
+        r"table\.csv \(room of photos/val/p6_rgb\.JPG\): unknown label, expected bath, kitchen, or nothing"
+    )
+    table.write_text(text.replace("p6_rgb,kitchen", "p6_rgb,cellar").replace("p7_rgb,bath", "p7_rgb,attic"))
+    with pytest.raises(DataError, match=rf"{unknown}.*'cellar'"):
+        opened(spec, "room")
+    found = verify(spec, ["val"]).problems
+    assert len(found) == 2
+    assert re.search(unknown, found[0]) and "p7_rgb.png): unknown label" in found[1]
     table.write_text(text.replace("place", "where", 1))
     with pytest.raises(DataError, match=r"table\.csv: table lacks a column, expected place, got"):
         spec.records("val")

@@ -75,9 +75,13 @@ def test_turning_is_counter_clockwise_for_pixels_and_vectors(degrees: float) -> 
 
 def test_zooming_divides_values_once() -> None:
     values = ValueMap(torch.full((9, 9), 6.0))
-    fixed = ValueMap(torch.full((9, 9), 6.0), scales_with_zoom=False)
+    fixed = ValueMap(torch.full((9, 9), 6.0), zoom_power=0)
+    inverse = ValueMap(torch.full((9, 9), 6.0), zoom_power=1)
     assert plain(turn(values, 0.0, 2.0)).eq(3.0).all()
     assert plain(turn(fixed, 0.0, 2.0)).eq(6.0).all()
+    assert plain(turn(inverse, 0.0, 2.0)).eq(12.0).all()
+    assert plain(kernels.affine(inverse, 0, [0, 0], 2.0, [0.0, 0.0])).eq(12.0).all()
+    assert plain(kernels.resized_crop(inverse, 0, 0, 3, 3, [9, 9])).eq(18.0).all()
     assert plain(kernels.affine(values, 0, [0, 0], 2.0, [0.0, 0.0])).eq(3.0).all()
     assert plain(kernels.resized_crop(values, 0, 0, 3, 3, [9, 9])).eq(2.0).all()
     assert plain(kernels.resize(values, [18, 18])).eq(6.0).all()
@@ -131,10 +135,10 @@ def test_photometric_transforms_leave_maps_alone() -> None:
 
 def test_marks_survive_geometry() -> None:
     marked = ClassMap(torch.zeros(8, 8), empty_is_ignored=True)
-    values = ValueMap(torch.ones(8, 8), scales_with_zoom=False)
+    values = ValueMap(torch.ones(8, 8), zoom_power=1)
     for move in (v2.RandomHorizontalFlip(1.0), v2.Resize((5, 5)), v2.Pad(1), v2.RandomRotation((10, 10))):
         assert move(marked).empty_is_ignored
-        assert not move(values).scales_with_zoom
+        assert move(values).zoom_power == 1
     assert turn(stretch(marked, (4, 4)), 5, 1.1).empty_is_ignored
     assert not ClassMap(torch.zeros(8, 8)).empty_is_ignored
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from polytask.config import decode
-from polytask.data.base import verify
 from polytask.data.mtan import CityscapesSmall, Nyuv2
+from polytask.data.verification import verify
 from polytask.errors import DataError, DatasetNotFoundError
 from polytask.tasks.base import TaskSet
 from tests.data.mtan import Arrays, write_cityscapes, write_nyuv2
@@ -119,7 +119,8 @@ def test_missing_and_truncated_files_are_named(rooms: tuple[Nyuv2, Arrays], fold
     for n, damage in enumerate((lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:200]))):
         damage(spec.root / "val" / folder / f"{n}.npy") if folder != "image" or n else None
     problems = verify(spec, ["val"]).problems
-    expected = [f"val/{folder}/{n}.npy: array cannot be read" for n in range(folder == "image", 2)]
+    reasons = ("no such file", "array cannot be read")
+    expected = [f"val/{folder}/{n}.npy: {reasons[n]}" for n in range(folder == "image", 2)]
     assert len(problems) == len(expected)
     assert all(words in problem for words, problem in zip(expected, problems, strict=True))
 

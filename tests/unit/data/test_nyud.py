@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from polytask.config import decode
-from polytask.data.base import train_loader, verify
+from polytask.data.base import train_loader
 from polytask.data.nyud import CLASSES, LAYOUTS, Nyud
+from polytask.data.verification import verify
 from polytask.errors import DataError, DatasetNotFoundError
+from polytask.tasks import Segmentation
 from polytask.tasks.base import TaskSet
 from tests.data.nyud import SPLITS, Room, write_nyud
 
@@ -119,12 +121,22 @@ def test_verify_names_missing_and_odd_frames(written: Written) -> None:
     odd = next(second.glob("-1.*"))
     Image.new("RGB", (7, 5)).save(odd)
     problems = verify(spec, ["train"]).problems
-    assert len(problems) == 2
+    assert len(problems) == 4 + 1
+    assert all(sum(f"{first.name}/{o}.jpg: no such file" in p for p in problems) == 1 for o in (-2, -1, 1, 2))
     spec.records("val")[0].files["image"].write_bytes(b"")
     assert len(verify(spec, ["val"]).problems) == 1
-    assert f"{first.name}/-2" in problems[0]
-    assert f"{odd.name}: the frame has another size than the photo" in problems[1]
-    assert "expected 30x40, got '5x7'" in problems[1]
+    assert f"{odd.name}: the frame has another size than the photo" in problems[-1]
+    assert "expected 30x40, got '5x7'" in problems[-1]
+
+
+def test_class_ids_are_told_as_they_stand_in_the_file(one: Nyud) -> None:
+    record = one.records("val")[1]
+    Image.new("L", (40, 30), 99).save(record.files["semseg"])
+    expected = "label map with an unknown class id, expected 1 to 40, got 99"
+    assert verify(one, ["val"]).problems == [f"{record.files['semseg']}: {expected}"]
+    Image.new("L", (40, 30), 3).save(record.files["semseg"])
+    with pytest.raises(DataError, match="expected 1 to 2, got 3"):
+        one.label(record, "semseg", Segmentation(classes=("wall", "floor")), None)
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -148,7 +160,7 @@ def test_layout_that_cannot_be_told(one: Nyud) -> None:
 def test_lists(one: Nyud) -> None:
     (one.root / "images" / "0003.jpg").unlink()
     with pytest.raises(DatasetNotFoundError, match=r"train\.txt: 1 of 2 listed photos .* first 0003"):
-        one.records("train")
+        one.open("train", TaskSet(one.TASKS), train=True)
     (one.root / "gt_sets" / "val.txt").write_text("")
     with pytest.raises(DatasetNotFoundError, match=r"val\.txt: split lists no samples"):
         one.records("val")

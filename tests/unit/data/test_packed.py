@@ -21,8 +21,9 @@ from torch import Tensor
 
 from polytask.catalog import dataset
 from polytask.data import packed
-from polytask.data.base import DatasetSpec, Samples, train_loader, verify
+from polytask.data.base import DatasetSpec, Samples, train_loader
 from polytask.data.packed import Packed, pack
+from polytask.data.verification import verify
 from polytask.engine import checkpoint
 from polytask.errors import ConfigError, DataError, DatasetNotFoundError, MissingDependencyError
 from polytask.tasks.base import TaskSet
@@ -312,3 +313,46 @@ def test_nothing_is_overwritten_and_nothing_is_half(
     with pytest.raises(ConfigError, match="unknown split"):
         pack(source, tmp_path / "out", ("trian",))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_label_is_refused_when_packing(tmp_path: Path) -> None:
+    write_pascal_mt(tmp_path / "PASCAL_MT")
+    source = dataset("pascal_context", tmp_path / "PASCAL_MT")
+    label = source.records("val")[0].files["semseg"]
+    good = label.read_bytes()
+    for picture, words in (
+        (Image.new("L", (48, 36), 21), "unknown class id, expected 0 to 20, or 255 where unlabeled, got 21"),
+        (
+            Image.new("L", (47, 36), 0),
+            "the semseg map has another size .*002.jpg, expected 36x48",
+        ),
+    ):
+        picture.save(label)
+        with pytest.raises(DataError, match=rf"VOC12/2008_000002\.png: .*{words}"):
+            pack(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["PASCAL_MT"]
+    pack(source, tmp_path / "saliency", tasks={"saliency": source.labels()["saliency"]})
+    spec = open_packed(tmp_path / "saliency", "image_size=24")
+    assert list(spec.labels()) == ["saliency"]
+    assert verify(spec).problems == []
+    label.write_bytes(good)
+    source.records("val")[1].files["image"].unlink()
+    with pytest.raises(DatasetNotFoundError, match=r"val\.txt: 1 of 3 listed photos"):
+        pack(source, tmp_path / "out")
+
+
+def test_a_bad_label_of_a_shard_is_named_by_tar_and_sample(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(folder, root)
+    index = json.loads((root / "index.json").read_text())
+    samples = index["splits"]["val"][1]["samples"]
+    (first, places), (second, cut) = samples[:2]
+    cut["depth.npy"][1] = 90
+    index["tasks"]["edge"] = {"type": "segmentation", "classes": ["none", "line"]}
+    places["edge.png"] = places["human_parts.png"]
+    (root / "index.json").write_text(json.dumps(index))
+    problems = verify(open_packed(root), ["val"]).problems
+    tar = root / "val-000001.tar"
+    assert any(p.startswith(f"{tar} (depth of {second}): depth.npy cannot be decoded") for p in problems)
+    assert any(p.startswith(f"{tar} (edge of {first}): label map with an unknown class id") for p in problems)
+    assert len(problems) == 2

@@ -14,10 +14,10 @@ from scipy.io import savemat
 
 from polytask.config import decode
 from polytask.data import files
-from polytask.data.base import verify
 from polytask.data.pascal_context import PART_NAMES, WITH_NORMALS, PascalContext, boundaries
 from polytask.data.thinning import contours, thin
-from polytask.errors import DataError, DatasetNotFoundError, MissingDependencyError
+from polytask.data.verification import verify
+from polytask.errors import ConfigError, DataError, DatasetNotFoundError, MissingDependencyError
 from polytask.tasks.base import TaskSet
 from tests.data.pascal_mt import OUTDOORS, Photo, write_pascal_mt
 
@@ -58,6 +58,17 @@ def test_edges_of_the_published_score(written: Written) -> None:
     found = spec.model_copy(update={"edges": "contours"}).read(record_of(spec, "2008_000002"), "edge").numpy()
     assert np.array_equal(found, thin(contours(photos["2008_000002"].context)))
     assert not np.array_equal(found, spec.read(record_of(spec, "2008_000002"), "edge"))
+
+
+def test_a_list_of_the_published_test_photos_is_a_split(written: Written) -> None:
+    spec, _ = written
+    assert spec.split_names() == ("train", "val")
+    with pytest.raises(ConfigError, match=r"unknown split, got 'test_new'; known: train, val"):
+        spec.check_split("test_new")
+    (spec.root / "ImageSets" / "Context" / "test_new.txt").write_text("2008_000003\n")
+    assert spec.split_names() == ("train", "val", "test_new")
+    assert [record.id for record in spec.records("test_new")] == ["2008_000003"]
+    assert verify(spec).problems == []
 
 
 def test_labels_come_from_both_folders_and_voc_wins(written: Written) -> None:
@@ -192,7 +203,7 @@ def test_list_that_names_an_absent_photo(written: Written) -> None:
     spec, _ = written
     (spec.root / "JPEGImages" / "2008_000003.jpg").unlink()
     with pytest.raises(DatasetNotFoundError, match=r"val\.txt.*1 of 3 listed photos.*2008_000003"):
-        spec.records("val")
+        spec.open("val", TaskSet(spec.TASKS), train=False)
 
 
 @pytest.mark.parametrize("content", [None, "", b"\xff\xfe\xff"])

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from polytask.config import decode
-from polytask.data.base import verify
 from polytask.data.pets import BREEDS, Pets
+from polytask.data.verification import verify
 from polytask.errors import DataError, DatasetNotFoundError
 from polytask.tasks.base import TaskSet
 from tests.data.pets import Pet, write_pets
@@ -75,7 +75,6 @@ def test_trimap_with_another_value(written: Written) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("Bengal_3 0 1 2", "breed or species below 1"),
         ("Bengal_3 six 1 2", "list cannot be read"),
         ("Bengal_3 6", "list cannot be read"),
     ],
@@ -87,18 +86,22 @@ def test_bad_lines(written: Written, line: str, message: str) -> None:
         spec.records("test")
 
 
-def test_class_out_of_range_names_the_list(written: Written) -> None:
+def test_class_out_of_range_names_list_and_photo(written: Written) -> None:
     spec, _ = written
-    (spec.root / "annotations" / "test.txt").write_text("Bengal_3 38 3 2\n")
-    problems = verify(spec, ["test"]).problems
-    assert [("test.txt" in p, "unknown class id" in p) for p in problems] == [(True, True)] * 2
+    (spec.root / "annotations" / "test.txt").write_text("Bengal_3 38 3 2\nyorkshire_terrier_9 0 0 1\n")
+    first, second, *below = verify(spec, ["test"]).problems
+    for name, problem in (("breed", first), ("species", second)):
+        assert f"test.txt ({name} of Bengal_3): image with an unknown class id" in problem
+    assert [problem.partition("test.txt ")[2] for problem in below] == [
+        f"({name} of yorkshire_terrier_9): number below 1, got 0" for name in ("breed", "species")
+    ]
 
 
 def test_missing_parts(written: Written) -> None:
     spec, _ = written
     (spec.root / "images" / "Bengal_3.jpg").unlink()
     with pytest.raises(DatasetNotFoundError, match=r"test\.txt: 1 of 3 listed photos .* first Bengal_3"):
-        spec.records("test")
+        spec.open("test", TaskSet(spec.TASKS), train=False)
     (spec.root / "annotations" / "trainval.txt").unlink()
     with pytest.raises(DatasetNotFoundError, match=r"lacks annotations/trainval\.txt"):
         spec.records("train")

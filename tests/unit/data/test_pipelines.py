@@ -122,6 +122,24 @@ def test_rotation_of_normals(mode: str, sign: int) -> None:
     assert torch.allclose(turned, expected, atol=1e-5)
 
 
+def test_normals_turn_with_the_picture() -> None:
+    """A picture that gets brighter where a vector points to still does after any rotation."""
+    nx, ny = 0.6, 0.3
+    y, x = torch.meshgrid(-torch.arange(24.0), torch.arange(32.0), indexing="ij")  # y up
+    ramp = 3 * (nx * x + ny * y)
+    vector = torch.tensor([nx, ny, math.sqrt(1 - nx**2 - ny**2)])
+    here = {
+        "image": Image((ramp - ramp.min()).expand(3, 24, 32)),
+        "normals": VectorMap(vector[:, None, None].expand(3, 24, 32)),
+    }
+    for seed in range(5):
+        torch.manual_seed(seed)
+        out = Astmt(rotate=90.0, scale=(1.0, 1.0)).train(here, SIZE)
+        down, right = (float(g[8:16, 12:20].mean()) for g in torch.gradient(plain(out["image"])[0]))
+        across, up, _ = out["normals"][:, 12, 16]
+        assert math.atan2(-down, right) == pytest.approx(math.atan2(up, across), abs=0.02)
+
+
 def test_image_is_clipped_after_each_cubic_step() -> None:
     here = sample()
     here["image"] = Image((plain(here["image"]) > 127).to(torch.uint8) * 255)

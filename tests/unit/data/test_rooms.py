@@ -16,9 +16,9 @@ import torch
 
 from polytask.config import decode, encode
 from polytask.data import rooms
-from polytask.data.base import verify
 from polytask.data.rooms import PRESETS, Rooms
 from polytask.data.scenes import VERSION, render
+from polytask.data.verification import verify
 from polytask.errors import ConfigError, ConfigErrors, DataError, PolytaskWarning
 from polytask.tasks.base import TaskSet
 
@@ -123,7 +123,8 @@ def test_verify_finds_nothing_wrong(rendered: Path) -> None:
     report = verify(nano(rendered), ["val"])
     assert report.problems == []
     assert set(report.histograms["human_parts"]) <= {*range(7), 255}
-    assert report.ranges["depth"][0] > 0
+    assert report.ranges["depth"]["min"] > 0
+    assert report.ranges["normals"]["invalid"] == report.ranges["depth"]["invalid"] > 0  # the sky
 
 
 # --- damage ----------------------------------------------------------------------------------------

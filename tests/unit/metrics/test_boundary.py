@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from polytask.data.nyud import Nyud
 from polytask.data.thinning import contours, thin
 from polytask.metrics.boundary import BoundaryScore, boundary_counts, suppress
-from polytask.tasks.edge import Edge
+from polytask.metrics.edge import BoundaryF
+from polytask.tasks.edge import Boundary, Edge
 
 
 def ridge(size: int = 40, column: float = 20.0, height: float = 0.9) -> Tensor:
@@ -82,14 +84,27 @@ def test_images_without_boundaries() -> None:
     assert all(math.isnan(v) for v in metric.of(ridge(), torch.full_like(none, 255)).values())
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 40), (40, 1), (1, 1), (2, 40)])
+def test_maps_that_are_all_border(height: int, width: int) -> None:
+    edges = line()[..., :height, 20 - width // 2 : 20 + width - width // 2]
+    found = BoundaryScore(0.1).of(torch.ones(1, height, width), edges)
+    assert found["odsF"] == 0 and edges.any()
+    alone = torch.full((1, 1, 40, 40), 255)
+    alone[..., 5:6, 10:30] = line()[..., 5:6, 10:30]  # one row has labels
+    assert BoundaryScore(0.1).of(ridge(), alone)["odsF"] == 0
+
+
 def test_probabilities_are_those_of_a_file() -> None:
     written = (ridge() * 255).to(torch.uint8)
     metric = BoundaryScore()
     assert metric.of(written.float() / 255, line()) == metric.of(ridge(), line())
 
 
-def test_task_scores_it_on_request() -> None:
-    assert len(Edge().metrics()) == 1
+def test_task_scores_it_in_the_end() -> None:
+    assert [type(metric) for metric in Edge().accumulators()] == [BoundaryF]
+    assert [type(metric) for metric in Edge().accumulators(final=True)] == [BoundaryF, BoundaryScore]
+    assert len(Edge(boundary=None).accumulators(final=True)) == 1
     metric = Edge.model_validate({"boundary": {"max_dist": 0.011, "truth": "contours"}}).metrics()[1]
     assert isinstance(metric, BoundaryScore) and (metric.max_dist, metric.truth) == (0.011, "contours")
-    assert isinstance(Edge.model_validate({"boundary": {}}).metrics()[1], BoundaryScore)
+    nyud = Nyud.TASKS["edge"]
+    assert isinstance(nyud, Edge) and nyud.boundary == Boundary(max_dist=0.011, truth="contours")

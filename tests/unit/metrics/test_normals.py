@@ -23,7 +23,8 @@ def axis(n: int) -> Tensor:
 
 def test_angles_are_accurate_where_acos_is_not() -> None:
     degrees = torch.tensor([0.0, 0.001, 0.01, 45.0, 90.0, 179.99, 179.999, 180.0])
-    torch.testing.assert_close(angles(3 * tilted(degrees), axis(8))[0, 0], degrees, atol=2e-5, rtol=0)
+    found = angles(3 * tilted(degrees), axis(8))[0, 0]
+    torch.testing.assert_close(found, degrees.double(), atol=2e-5, rtol=0)
 
 
 def test_zero_prediction_is_a_right_angle_off() -> None:

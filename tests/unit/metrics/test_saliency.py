@@ -44,6 +44,20 @@ def test_max_f_is_that_of_a_loop() -> None:
     assert metric.compute()["maxF"] == pytest.approx(100 * best, rel=1e-9)
 
 
+def test_256_thresholds_are_those_of_bytes() -> None:
+    g = torch.Generator().manual_seed(0)
+    stored = torch.randint(0, 256, (2, 9, 9), dtype=torch.uint8, generator=g)
+    target = (stored[:, None] + 60 * torch.randn(2, 1, 9, 9, generator=g) > 140).long()
+    true, best = target[:, 0] == 1, 0.0
+    for t in range(256):
+        hits, chosen = float(((stored >= t) & true).sum()), float((stored >= t).sum())
+        if hits:
+            precision, recall = hits / chosen, hits / float(true.sum())
+            best = max(best, 1.3 * precision * recall / (0.3 * precision + recall))
+    assert MaxF(256, ends=True).of(stored / 255, target) == {"maxF_256": pytest.approx(100 * best, rel=1e-9)}
+    assert MaxF().of(stored / 255, target)["maxF"] < 100 * best
+
+
 def test_iou_is_that_of_a_loop() -> None:
     prediction, target = draw()
     metric = SaliencyIoU()

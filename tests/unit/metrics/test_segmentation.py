@@ -36,6 +36,15 @@ def test_absent_classes() -> None:
     assert math.isnan(metric("nan").compute()["mIoU"])
 
 
+def test_with_and_without_background() -> None:
+    scores = MeanIoU(("a", "background", "c", "d")).of(PREDICTION, TARGET)
+    assert scores["mIoU"] == metric().compute()["mIoU"]
+    assert scores["mIoU_foreground"] == pytest.approx((100 / 3 + 0) / 2)
+    zero = MeanIoU(("background", "b", "c", "d"), "zero").of(PREDICTION, TARGET)
+    assert zero["mIoU_foreground"] == pytest.approx(200 / 3 / 3)
+    assert "mIoU_foreground" not in metric().compute()
+
+
 def test_unknown_predictions_are_misses_only() -> None:
     matrix = confusion(torch.tensor([[[3, 7]]]), torch.tensor([[[1, 1]]]), 3)
     assert matrix.tolist() == [[0, 0, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]]

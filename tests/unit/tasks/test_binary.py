@@ -42,7 +42,7 @@ def test_double_sigmoid_reaches_the_metric() -> None:
     target = torch.tensor([[[[0, 1], [0, 1]]]])
     states = []
     for double in (False, True):
-        _, metric = Saliency(double_sigmoid=double).metrics()
+        _, metric, _ = Saliency(double_sigmoid=double).metrics()
         metric.update(prediction, target)
         states.append(metric.state["passed"])
     assert not torch.equal(*states)

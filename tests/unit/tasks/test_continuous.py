@@ -9,7 +9,7 @@ from polytask.tasks import Depth, Normals, Task
 
 
 def test_normals_are_encoded_channels_first() -> None:
-    raw = torch.randn(4, 5, 3, dtype=torch.float64)
+    raw = 0.8 * torch.randn(4, 5, 3, dtype=torch.float64).clamp(-1, 1)
     encoded = Normals().encode(raw)
     assert encoded.shape == (3, 4, 5) and encoded.dtype == torch.float32
     assert encoded[:, 1, 2].tolist() == pytest.approx(raw[1, 2].tolist(), rel=1e-6)
@@ -60,3 +60,15 @@ def test_maps_with_nan_or_of_another_shape_are_refused(task: Task) -> None:
         task.encode(broken)
     with pytest.raises(DataError, match=r"unexpected shape, expected height x width.*, got \[4, 5, 2\]"):
         task.encode(torch.ones(4, 5, 2))
+
+
+def test_negative_depth_is_refused() -> None:
+    with pytest.raises(DataError, match=r"depth map with 2 negative values, expected 0 where .* got '-3'"):
+        Depth().encode(torch.tensor([[1.0, -3.0], [-1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("vectors", [torch.ones(2, 2, 3) * 255, torch.full((2, 2, 3), 0.1)])
+def test_normals_far_from_unit_length_are_refused(vectors: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="normals of another length, expected vectors of length 1, or 0"):
+        Normals().encode(vectors)
+    assert not Normals().encode(torch.zeros(2, 2, 3)).any()

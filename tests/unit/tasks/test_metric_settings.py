@@ -9,9 +9,10 @@ from polytask.tasks import Normals, Saliency, Segmentation
 
 
 def test_settings_reach_the_metrics() -> None:
-    iou, best = Saliency(rowwise=True, levels=255, double_sigmoid=True).metrics()
+    iou, best, fine = Saliency(rowwise=True, levels=255, double_sigmoid=True).metrics()
     assert isinstance(iou, SaliencyIoU) and iou.rowwise
     assert isinstance(best, MaxF) and best.double_sigmoid and len(best.thresholds) == 255
+    assert isinstance(fine, MaxF) and fine.name == "maxF_256" and not fine.double_sigmoid
     (angles,) = Normals(sum_test=True, normalize_target=False).metrics()
     assert isinstance(angles, AngularError) and angles.sum_test and not angles.normalize_target
 

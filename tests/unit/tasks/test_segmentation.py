@@ -64,3 +64,12 @@ def test_absent_reaches_the_metric() -> None:
 def test_round_trip() -> None:
     task = Segmentation(classes=("a", "b"), palette=((1, 2, 3), (4, 5, 6)), weight=2.0)
     assert decode(Segmentation, encode(task)) == task
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
+def test_values_between_classes_are_refused(value: float) -> None:
+    raw = torch.tensor([[0.0, 1.0], [255.0, value]])
+    with pytest.raises(DataError, match=r"a value that is no integer, got (0\.5|nan|inf)"):
+        Segmentation(classes=("a", "b")).encode(raw)
+    raw[1, 1] = 0
+    assert Segmentation(classes=("a", "b")).encode(raw).tolist() == [[[0, 1], [255, 0]]]
