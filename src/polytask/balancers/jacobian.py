@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,12 @@ def mix(weights: Array, rows: Tensor, out: Tensor) -> None:
     torch.mm(w, rest, out=last)
 
 
+def _kind(parameters: Sequence[nn.Parameter]) -> tuple[torch.device, torch.dtype]:
+    """Their device, and a type that holds them all, float32 at least."""
+    dtypes = {parameter.dtype for parameter in parameters}
+    return parameters[0].device, reduce(torch.promote_types, dtypes, torch.float32)
+
+
 class Jacobian:
     """Task gradients ``[T, P]``: parameters that all processes hold first, then this process's shards.
 
@@ -57,15 +64,15 @@ class Jacobian:
         self.whole = sum(
             n for n, p in zip(self.sizes, self.parameters, strict=True) if not isinstance(p, DTensor)
         )
-        dtype = torch.promote_types(torch.float32, local[0].dtype)
-        self.matrix = torch.zeros(rows, sum(self.sizes), device=local[0].device, dtype=dtype)
+        self.kind = _kind(parameters)
+        self.matrix = torch.zeros(rows, sum(self.sizes), device=self.kind[0], dtype=self.kind[1])
         self.direction = self.matrix.new_zeros(sum(self.sizes))
         self._views, self._parts = [self._split(row) for row in self.matrix], self._split(self.direction)
         self._reached: set[int] = set()  # places of parameters that got a gradient since the last `put`
 
     def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether these are its parameters."""
-        return {*map(id, parameters)} == {*map(id, self.parameters)}
+        """Whether these are its parameters, where and as precise as they were."""
+        return {*map(id, parameters)} == {*map(id, self.parameters)} and _kind(parameters) == self.kind
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         pieces = torch.split(flat, self.sizes)

@@ -177,6 +177,24 @@ def test_bfloat16_parameters(net: Net, x: Tensor) -> None:
     assert make("upgrad").stats == {}
 
 
+def test_parameters_that_become_more_precise(net: Net, x: Tensor) -> None:
+    b, net = make("mgda"), net.float()
+    run(b, net, x.float())
+    net.first.double()
+    net.second.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+    for head in net.heads.values():
+        head.float()
+    z = net.features(x)
+    losses = net.losses([z[0].float(), z[1]])
+    w = b.backward(losses, net.partition())
+    found = torch.autograd.grad(net.losses([y.float() for y in net.features(x)])["a"], [net.first.weight])
+    assert b._jacobians[0].matrix.dtype == torch.float64
+    assert net.first.weight.grad is not None and net.second.weight.grad is not None
+    assert net.first.weight.grad.dtype == found[0].dtype == torch.float64
+    assert net.second.weight.grad.dtype == torch.float32
+    assert list(w) == list(NAMES)
+
+
 def test_accumulation(net: Net, x: Tensor) -> None:
     b, net2 = make("upgrad"), Net()
     x2 = x.flip(0) * 1.5
