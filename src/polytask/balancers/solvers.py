@@ -34,18 +34,27 @@ def project_simplex(v: Array) -> Array:
 def min_norm(gram: Array) -> Array:
     """Simplex weights with the smallest ``wᵀ G w``: MGDA, by Wolfe's finite active-set method (1976)."""
     gram = gram / max(np.trace(gram), np.finfo(float).tiny)
+    w = _affine_minimizer(gram)
+    if w.min() > TINY and _gain(gram, w).max() <= 0:  # inside the simplex, as with few conflicts
+        return np.asarray(w / w.sum())
     w = np.zeros(len(gram))
     support = [int(np.argmin(np.diag(gram)))]
     w[support] = 1.0
     for _ in range(20 * len(gram) + 20):
-        slope = gram @ w
-        gain = w @ slope - slope - TINY * abs(w @ slope) - 4 * np.finfo(float).eps * (np.abs(gram) @ w)
+        gain = _gain(gram, w)
         enter = int(np.argmax(gain))
-        if enter in support or gain[enter] <= 0:  # else: more than rounding
+        if enter in support or gain[enter] <= 0:
             break
         support.append(enter)
         support = _descend(gram, w, support)
     return np.asarray(w / w.sum())
+
+
+def _gain(gram: Array, w: Array) -> Array:
+    """How steeply ``wᵀ G w`` falls towards each row, beyond rounding."""
+    slope = gram @ w
+    rounding = TINY * abs(w @ slope) + 4 * np.finfo(float).eps * (np.abs(gram) @ w)
+    return np.asarray(w @ slope - slope - rounding)
 
 
 def _descend(gram: Array, w: Array, support: list[int]) -> list[int]:
