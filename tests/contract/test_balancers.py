@@ -141,6 +141,7 @@ class TestEvery:
                 if gradient is not None:
                     torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.filterwarnings("ignore:balancer .* has one task")
     def test_single_task(self, kind: str, net: Net, x: Tensor) -> None:
         balancer = make(kind, TaskSet({"a": Depth()}))
         for _ in range(2):

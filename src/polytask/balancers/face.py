@@ -68,9 +68,6 @@ def balancer(name: str, tasks: Iterable[str] | TaskSet, **settings: Any) -> Bala
         raise ConfigError("tasks are a list of names", where="tasks", got=tasks, expected="such as ['depth']")
     if not isinstance(tasks, TaskSet):
         tasks = TaskSet({task: Depth() for task in tasks})  # any kind: balancers see names and weights
-    if len(tasks) == 1:
-        what = f"balancer {spec.type!r} has one task, whose gradient it leaves as it is"
-        warnings.warn(what, PolytaskWarning, stacklevel=2)
     return spec.build(tasks)
 
 

@@ -42,6 +42,7 @@ class EqualSpec(Scalarizer):
 
     type: Literal["equal"] = "equal"
 
+    FOR_ONE: ClassVar[bool] = True
     MEAN: ClassVar[bool] = False
 
     def solve(self, problem: Problem, state: State) -> Array:  # noqa: ARG002
@@ -55,6 +56,7 @@ class FixedSpec(Scalarizer):
     type: Literal["fixed"] = "fixed"
     weights: dict[str, float] = Field(default_factory=dict)
 
+    FOR_ONE: ClassVar[bool] = True
     MEAN: ClassVar[bool] = False
 
     @field_validator("weights")

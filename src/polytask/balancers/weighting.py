@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 from polytask.balancers.base import Balancer, BalancerSpec
 from polytask.balancers.solvers import Array
 from polytask.config import aliases, decode, full_name, registered
-from polytask.errors import ConfigError, did_you_mean
+from polytask.errors import ConfigError, PolytaskWarning, did_you_mean
 from polytask.tasks.base import TaskSet
 
 State = dict[str, np.ndarray[Any, Any]]
@@ -104,6 +105,9 @@ class Method(BalancerSpec):
 
     reduction: Literal["sum", "native"] = "sum"
 
+    FOR_ONE: ClassVar[bool] = False
+    """Whether a single task is no reason to warn."""
+
     LOOKS_BACK: ClassVar[bool] = False
     """Whether ``look_back`` wants the losses after the update."""
 
@@ -111,6 +115,9 @@ class Method(BalancerSpec):
         """The engine with this method."""
         from polytask.balancers.engine import GradientBalancer
 
+        if len(tasks) == 1 and not self.FOR_ONE:
+            what = f"balancer {self.type!r} has one task, whose gradient it leaves as it is"
+            warnings.warn(what, PolytaskWarning, stacklevel=2)
         return GradientBalancer(self, tuple(tasks))
 
     def epoch_end(self, state: State) -> None:

@@ -229,6 +229,7 @@ def test_wrong_settings(name: str, settings: dict[str, Any], sentence: str) -> N
 def test_one_task(loop: Loop) -> None:
     with pytest.warns(PolytaskWarning, match="'nash' has one task, whose gradient it leaves as it is"):
         b = balancer("nash", ["depth"])
+    balancer("fixed", ["depth"])
     assert b.step({"depth": loop.losses()["depth"]}).weights == {"depth": 1.0}
     with pytest.raises(ConfigError, match="at least one task is needed"):
         balancer("nash", [])
