@@ -15,15 +15,33 @@ def passed(values: Tensor, groups: Tensor, size: int, thresholds: Tensor, *, str
 
     Args:
         values: of any shape.
-        groups: group of each value, long, of the same shape; ``size`` for values that do not count.
+        groups: group of each value, integers of the same shape; ``size`` for values that do not count.
         size: number of groups.
         thresholds: ascending, ``[K]``.
         strict: test ``value > t`` instead of ``value >= t``.
     """
     bins = len(thresholds) + 1
-    reached = torch.bucketize(values.contiguous(), thresholds.to(values), right=not strict)
-    histogram = torch.bincount((groups * bins + reached).flatten(), minlength=(size + 1) * bins)
+    places = groups.int().flatten() * bins + _reached(values.flatten(), thresholds.to(values), strict=strict)
+    histogram = torch.bincount(places, minlength=(size + 1) * bins)
     return histogram.view(size + 1, bins)[:size].flip(1).cumsum(1).flip(1)
+
+
+def _reached(values: Tensor, thresholds: Tensor, *, strict: bool) -> Tensor:
+    """How many thresholds ``[K]`` each value ``[n]`` reaches, int32, NaN all; as ``bucketize``.
+
+    Of even thresholds, division tells that up to one, and two comparisons the rest: several times as fast.
+    """
+    last = len(thresholds) - 1
+    step = (thresholds[-1] - thresholds[0]) / max(last, 1)
+    even = thresholds[0] + step * torch.arange(last + 1).to(thresholds)
+    if not last or (thresholds - even).abs().max() > step / 8:
+        return torch.bucketize(values, thresholds, right=not strict, out_int32=True)
+    about = ((values - thresholds[0]) / step + 1).clamp_(0, last + 1).nan_to_num_(last + 1).int()
+    infinite = thresholds.new_full((1,), float("inf"))
+    below, above = torch.cat([-infinite, thresholds]), torch.cat([thresholds, infinite])
+    low, high = below[about], above[about]
+    up, down = (values > high, values <= low) if strict else (values >= high, values < low)
+    return about.add_(up.int()).sub_(down.int()).clamp_(0, last + 1)  # at infinity a step too far
 
 
 def f_score(precision: Tensor, recall: Tensor, beta2: float = 1.0) -> Tensor:
@@ -56,7 +74,7 @@ class MaxF(Metric):
         return {"passed": torch.zeros(2, len(self.thresholds) + 1, dtype=torch.int64)}
 
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        truth = target.reshape(prediction.shape)
+        truth = target.reshape(prediction.shape).int()
         values = prediction.float().sigmoid() if self.double_sigmoid else prediction.float()
         return {"passed": passed(values, truth.masked_fill(truth == IGNORE, 2), 2, self.thresholds)}
 
@@ -95,9 +113,9 @@ class SaliencyIoU(Metric):
     def counts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         if self.rowwise:
             prediction = prediction.flatten(0, 1)[:, None]  # [B H, 1, W]
-        truth = target.reshape(prediction.shape)  # [B, H, W]
+        truth = target.reshape(prediction.shape).int()  # [B, H, W]
         valid, size = truth != IGNORE, 2 * len(truth)
-        groups = torch.arange(0, size, 2, device=truth.device).view(-1, 1, 1) + truth
+        groups = torch.arange(0, size, 2).to(truth).view(-1, 1, 1) + truth
         above = passed(prediction.float(), groups.where(valid, size), size, self.thresholds, strict=True)
         seen = valid.flatten(1).any(1)
         negatives, positives = (

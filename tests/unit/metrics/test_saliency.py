@@ -95,3 +95,20 @@ def test_nothing_seen_is_nan() -> None:
     for metric in (MaxF(), SaliencyIoU()):
         metric.update(torch.zeros(1, 4, 4), torch.full((1, 1, 4, 4), 255))
         assert all(math.isnan(score) for score in metric.compute().values())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "thresholds",
+    [torch.arange(1, 256) / 256, torch.arange(256) / 255, torch.linspace(0.2, 0.9, 15),
+     torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.5])],
+    ids=["bytes", "ends", "saliency", "uneven", "one"],
+)  # fmt: skip
+def test_passed_is_exact_next_to_every_threshold(thresholds: torch.Tensor, strict: bool) -> None:
+    up, down = (torch.nextafter(thresholds, torch.tensor(x)) for x in (9.0, -9.0))
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1.0])
+    values = torch.cat([torch.linspace(-0.2, 1.2, 5001), thresholds, up, down, odd])
+    reached = torch.bucketize(values, thresholds, right=not strict)
+    expected = torch.stack([(reached >= k).sum() for k in range(len(thresholds) + 1)])
+    groups = torch.zeros(len(values), dtype=torch.int64)
+    assert torch.equal(passed(values, groups, 1, thresholds, strict=strict)[0], expected)
