@@ -119,7 +119,7 @@ class Target(Spec):
             values = values * np.asarray(self.scale, np.float32)
         values[hole.all(-1) if hole.ndim == 3 else hole] = unknown.max()
         if stored.ndim == 3:
-            about_unit(torch.from_numpy(values), str(path))
+            about_unit(torch.from_numpy(values).permute(2, 0, 1), str(path))
             values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
         return torch.from_numpy(values)
 

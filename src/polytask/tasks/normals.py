@@ -26,12 +26,13 @@ picture of colors have 1.73.
 
 
 def about_unit(vectors: Tensor, where: str | None = None) -> Tensor:
-    """The vectors ``[H, W, 3]``; raises DataError if they cannot be meant to have unit length (or zero)."""
-    x, y, z = vectors.unbind(-1)
-    length = (x * x + y * y + z * z).sqrt()
-    present = length > _ZERO
-    mean, most = (length * present).sum() / present.sum().clamp_min(1), length.max()
-    if present.any() and not (_MEAN[0] <= mean <= _MEAN[1] and most <= _MOST):
+    """The vectors ``[3, H, W]``; raises DataError if they cannot be meant to have unit length (or zero)."""
+    x, y, z = vectors
+    length = (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_()
+    present = (length > _ZERO).to(length)
+    count, most = present.sum(), length.max()
+    mean = (length * present).sum() / count.clamp_min(1)
+    if count and not (_MEAN[0] <= mean <= _MEAN[1] and most <= _MOST):
         got = f"{mean:.3g} on average, up to {most:.3g}"
         expected = "vectors of length 1, or 0 where invalid"
         raise DataError("normals of another length", where=where, got=got, expected=expected)
@@ -65,7 +66,7 @@ class Normals(Task):
         return 3
 
     def encode(self, raw: Tensor) -> VectorMap:
-        return VectorMap(about_unit(finite(raw, 3)).permute(2, 0, 1).contiguous())
+        return VectorMap(about_unit(finite(raw, 3).permute(2, 0, 1).contiguous()))
 
     def unknown(self, height: int, width: int) -> Tensor:
         return torch.zeros(height, width, 3)
