@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "polytask"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "errors", "config", "files", "seeding", "progress", "parallel", "allocator"},
+    {"types", "errors", "config", "files", "seeding", "progress", "parallel", "allocator", "pickles"},
     {"metrics", "losses", "tasks", "data", "backbones"},
     {"adapters", "necks", "heads"},
     {"model"},
