@@ -48,6 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "type": "mtlora", "rank": 2, "task_rank": {"semseg": 1, "normals": 2, "depth": 3},
         "train_scale": True, "train_task_scale": True, "layers": [*ROLES.values(), "reduction"],
     },
+    "mtlora_last": {
+        "type": "mtlora", "rank": 2, "task_rank": 2, "blocks": "last", "dropout": [0.1, 0.0, 0.2, 0.0],
+    },
     "recon": {"type": "recon", "layers": ["*s.2.*mlp.fc1", "*s.3.*norm2"]},
 }  # fmt: skip
 NAMES = tuple(TASKS)
@@ -255,7 +258,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"task_rank": {"semseg": [1, -2]}}, r"task_rank: .*a rank is at least 0"),
     ({"layers": []}, r"model\.adapter\.layers"),
     ({"layers": ["fc3"]}, r"adapter\.layers\.0: .*got 'fc3'; did you mean 'fc"),
-    ({"dropout": 1.0}, r"adapter\.dropout: .*less than 1"),
+    ({"dropout": 1.0}, r"adapter\.dropout: a probability .* below 1"),
     (
         {"mode": "lora_only", "train_task_scale": True},
         r"model\.adapter\.train_task_scale: there is no branch whose scale could train",

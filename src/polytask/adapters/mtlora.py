@@ -53,9 +53,12 @@ class MTLoRA(Adapter):
     task_scale: Scales | dict[str, Scales] | None = Field(default=None, description="default: `scale`")
     train_scale: bool = Field(default=False, description="`scale` is where a trained number per layer starts")
     train_task_scale: bool = Field(default=False, description="likewise `task_scale`, per layer and task")
-    dropout: float = Field(default=0.05, ge=0.0, lt=1.0, description="on the input of the branches")
+    dropout: Scales = Field(default=0.05, description="on the input of the branches")
     mode: Mode = Field(default="matrix", description="how a task's stream combines with the shared branch")
     layers: tuple[Role, ...] = ("qkv", "proj", "fc1", "fc2")
+    blocks: Literal["all", "last"] = Field(
+        default="all", description="task-agnostic branches in all blocks, or in the last of each stage only"
+    )
     train: tuple[str, ...] | Literal["all"] = Field(
         default=("patch_embed", "norm", "relative_position_bias_table", "downsample.reduction"),
         description="parts of the frozen network that train nevertheless, matched in parameter names; or all",
@@ -70,6 +73,13 @@ class MTLoRA(Adapter):
         for ranks in value.values() if isinstance(value, dict) else (value,):
             if any(r < 0 for r in ((ranks,) if isinstance(ranks, int) else ranks)):
                 raise ValueError(f"a rank is at least 0, got {value}")
+        return value
+
+    @field_validator("dropout")
+    @classmethod
+    def _probabilities(cls, value: Any) -> Any:
+        if not all(0 <= p < 1 for p in ((value,) if isinstance(value, float) else value)):
+            raise ValueError(f"a probability from 0 to below 1 is needed, got {value}")
         return value
 
     def plan(self, tasks: Sequence[str]) -> StreamPlan:
@@ -128,6 +138,8 @@ class MTLoRA(Adapter):
         stages = len(backbone.channels)
         owns = site.is_stage_end and site.role != "qkv" and plan.fork == "stage_end"
         rank = per_stage(self.rank, stages, "rank")[site.stage]
+        if self.blocks == "last" and site.role != "reduction" and not site.is_stage_end:
+            rank = 0
         scale = per_stage(self.scale, stages, "scale")[site.stage]
         ranks = self._of_tasks(self.task_rank, plan.tasks, stages, site.stage, "task_rank") if owns else {}
         fallback = self.scale if self.task_scale is None else self.task_scale
@@ -135,10 +147,11 @@ class MTLoRA(Adapter):
         if not rank and not ranks:
             return None
         block = backbone.net.get_submodule(site.name.rsplit(".", 2)[0])
+        dropout = per_stage(self.dropout, stages, "dropout")[site.stage]
         return TaskLinear(
             layer,
             Branches(
-                rank, scale, ranks, scales, self.dropout, self.mode if owns else "matrix",
+                rank, scale, ranks, scales, dropout, self.mode if owns else "matrix",
                 self.train_scale, self.train_task_scale,
             ),
             backbone.streams,
