@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polytask import __version__
+from polytask.convert import SYSTEMS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     _recipe_options(profile)
     profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
     _comparing_verbs(verbs)
+    _convert_verb(verbs)
     listing = _verb(verbs, "list", "what there is", "polytask list tasks")
     kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions recipes"
     listing.add_argument("what", choices=kinds.split())
@@ -70,6 +72,22 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cfg", type=Path, help="same as RECIPE")
     verb.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets", help="a change")
     verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
+
+
+def _convert_verb(verbs: Any) -> None:
+    convert = _verb(verbs, "convert", "official checkpoints and settings to runs and recipes, and back",
+                    f"polytask convert {min(SYSTEMS)} ckpt_epoch_299.pth --output runs/official")  # fmt: skip
+    convert.add_argument("system", choices=SYSTEMS)
+    convert.add_argument("file", type=Path, help="checkpoint, settings (.yaml), or run with --to-official")
+    convert.add_argument("--config", type=Path, help="official settings of a checkpoint, in place of its own")
+    convert.add_argument(
+        "--output", type=Path, help="default: runs/<name> or, for settings, <name>.recipe.yaml"
+    )
+    convert.add_argument("--tasks", help="comma-separated official names, for settings (default: the usual)")
+    convert.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets",
+                         help="a change of the recipe")  # fmt: skip
+    convert.add_argument("--to-official", type=Path, metavar="FILE", help="write a run's weights there")
+    convert.add_argument("--checkpoint", default="last", choices=("last", "best"), help="of the run")
 
 
 def _comparing_verbs(verbs: Any) -> None:

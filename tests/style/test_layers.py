@@ -36,8 +36,11 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 350
-HOMES = {"adapters/mtlora.py", "adapters/__init__.py", "convert/mtlora.py", "__init__.py"}
-"""The technique, the list that registers it, its converter, and the public names."""
+HOMES = {
+    "adapters/mtlora.py", "adapters/__init__.py", "convert/mtlora.py", "convert/mtlora_settings.py",
+    "convert/mtlora_shapes.py", "convert/__init__.py", "__init__.py",
+}  # fmt: skip
+"""The technique, the lists that register it and its converter, that converter, and the public names."""
 
 files = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 
