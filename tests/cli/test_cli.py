@@ -25,6 +25,7 @@ VERBS = (
     "predict",
     "profile",
     "compare",
+    "convert",
     "study",
     "list",
     "show",

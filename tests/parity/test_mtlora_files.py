@@ -19,12 +19,14 @@ from torch import Tensor
 from polytask.adapters.mtlora import MTLoRA
 from polytask.cli import main
 from polytask.convert import load_official
+from polytask.convert.mtlora import export_state
 from polytask.convert.official import convert_checkpoint, convert_settings, export_run, read_settings
 from polytask.errors import CheckpointError, ConfigError, PolytaskWarning, TaskMismatchError
 from polytask.model import ModelSpec, MultiTaskModel
 from polytask.pickles import read_checkpoint
 from polytask.recipe import Recipe, load_recipe
-from polytask.runs import Run
+from polytask.runs import Run, empty_model
+from tests.helpers import shake
 from tests.parity.test_mtlora import GOLDEN, META, MODELS, TOLERANCE, ours, vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore::polytask.errors.PolytaskWarning")
@@ -156,7 +158,7 @@ def test_load_official(official: Any, tmp_path: Path) -> None:
         load_official("mtlor", file, tmp_path / "run")
 
 
-def test_training_goes_on_from_the_weights(tmp_path: Path) -> None:
+def test_training_goes_on_from_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`train RUN --resume` starts at the first step, with the converted weights."""
     rooms = {"type": "rooms", "preset": "nano", "batch_size": 2, "eval_batch_size": 2, "image_size": [64, 64]}
     changes = [
@@ -173,6 +175,7 @@ def test_training_goes_on_from_the_weights(tmp_path: Path) -> None:
     convert_checkpoint("mtlora", file, tmp_path / "run", changes=changes)
     before = Run(tmp_path / "run").model().state_dict()
     assert main(["train", str(tmp_path / "run"), "--resume"]) == 0
+    assert "random weights" not in capsys.readouterr().err
     after = Run(tmp_path / "run").model().state_dict()
     frozen = [name for name in before if name.endswith(".base.weight")]
     assert frozen
@@ -264,6 +267,25 @@ def test_round_trip_is_bit_identical(name: str, official: Any, tmp_path: Path) -
     same_state(official_state(name), back)
     convert_checkpoint("mtlora", tmp_path / "back.pth", tmp_path / "again", settings=None, changes=[])
     same_state(Run(tmp_path / "run").model().state_dict(), Run(tmp_path / "again").model().state_dict())
+
+
+@pytest.mark.parametrize("head", ["aspp", "segformer", "updecoder"])
+def test_other_heads_and_trained_scales(head: str, tmp_path: Path) -> None:
+    """There are no vectors of these: what is written as official reads as the same model, told or not."""
+    settings = settings_of("plus")
+    settings["MODEL"] |= {"DECODER_HEAD": {"sal": head, "normals": head}, "SEGFORMER_CHANNELS": 16}
+    settings["MODEL"]["MTLORA"] |= {"TRAINABLE_SCALE_SHARED": True, "TRAINABLE_SCALE_PER_TASK": True}
+    (tmp_path / "official.yaml").write_text(yaml.safe_dump(settings))
+    convert_settings("mtlora", tmp_path / "official.yaml", tmp_path / "ours.yaml")
+    recipe = load_recipe(tmp_path / "ours.yaml")
+    model = empty_model(recipe).eval()
+    shake(model)
+    state = {**export_state(recipe, model), "decoders.decoders.sal.last_layer.conv_seg.weight": torch.ones(1)}
+    assert any(key.endswith(".lora_task_scale.sal") for key in state)
+    for name, given in (("told", settings), ("inferred", None)):
+        convert_checkpoint("mtlora", write_official(tmp_path / f"{name}.pth", state, given), tmp_path / name)
+        assert Run(tmp_path / name).recipe.model == recipe.model
+        same_state(model.state_dict(), Run(tmp_path / name).model().state_dict())
 
 
 def test_what_the_official_code_does_not_have(trained: Path, tmp_path: Path) -> None:

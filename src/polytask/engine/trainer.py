@@ -102,7 +102,11 @@ class Trainer:
         self.bf16 = recipe.run.precision == "bf16"
         self.validation = self._open_data()
         seed_all(recipe.seed)
-        self.model: MultiTaskModel = recipe.model.build(self.tasks, recipe.data.image_size).to(self.device)
+        with warnings.catch_warnings():
+            if self.saved is not None:  # its weights replace random ones, which are warned of
+                warnings.simplefilter("ignore", PolytaskWarning)
+            model = recipe.model.build(self.tasks, recipe.data.image_size)
+        self.model: MultiTaskModel = model.to(self.device)
         self.balancer = recipe.balancer.build(self.tasks).to(self.device)
         self.balancer.seed = recipe.seed
         if recipe.run.parallel == "fsdp":
