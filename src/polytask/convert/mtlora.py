@@ -84,10 +84,11 @@ def convert_state(state: Mapping[str, Tensor], model: MultiTaskModel) -> dict[st
     problems: list[str] = []
     for name, own in model.state_dict().items():
         key = official_name(name)
-        wrapped = re.sub(r"\.(\w+)$", r".linear.\1", key)  # a plain layer of ours may be wrapped there
-        value = given.pop(key, given.pop(wrapped, None))
+        if key not in given:  # a plain layer of ours may be wrapped there
+            key = re.sub(r"\.(\w+)$", r".linear.\1", key)
+        value = given.pop(key, None)
         if value is None:
-            problems.append(f"missing {key}")
+            problems.append(f"missing {official_name(name)}")
         elif value.shape not in (own.shape, (*own.shape, 1, 1)):  # projections are 1x1 convolutions there
             problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
         else:
