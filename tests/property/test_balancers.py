@@ -213,6 +213,14 @@ def test_projections(j: Any) -> None:
     assert never == pytest.approx(np.ones(n), rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1.0, 1e24])
+def test_simplex_at_any_scale(scale: float) -> None:
+    w = solvers.project_simplex(scale * np.array([-1.0, -3.0, -2.0]))
+    assert w.sum() == pytest.approx(1)
+    assert w.min() >= 0
+    assert w[0] == w.max()
+
+
 def test_gradnorm_pulls_norms_together() -> None:
     state: Any = {}
     j, shares = np.diag([1.0, 10.0, 0.1]), []

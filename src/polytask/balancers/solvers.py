@@ -26,6 +26,7 @@ def unit_diagonal(gram: Array) -> tuple[Array, Array]:
 
 def project_simplex(v: Array) -> Array:
     """Nearest point (Euclidean) with non-negative entries that sum to 1 (Held, Wolfe, Crowder, 1974)."""
+    v = v - v.max()  # moves nothing, and large entries would swallow the 1
     ordered = np.sort(v)[::-1]
     thresholds = (np.cumsum(ordered) - 1) / np.arange(1, len(v) + 1)
     return np.asarray(np.maximum(v - thresholds[ordered > thresholds][-1], 0.0))
