@@ -248,6 +248,7 @@ def test_aliases() -> None:
     names = {
         "gradnorm": "gn", "uncertainty": "uw", "gls": "geo", "graddrop": "gsd", "gradvac": "gvac",
         "aligned_mtl": "amtl", "nash_mtl": "nash", "log_losses": "si", "ew": "equal", "excess": "excessmtl",
+        "uncertainty_weighting": "uw", "gradient_vaccine": "gvac",
         "dynamic_weight_average": "dwa", "random_loss_weighting": "rlw", "geometric_loss_strategy": "geo",
     }  # fmt: skip
     assert {alias: full_name("balancer", alias) for alias in names} == names
@@ -297,8 +298,8 @@ def test_scalarizers_weight_the_heads_too(kind: str, net: Net, x: Tensor) -> Non
         torch.testing.assert_close(head.weight.grad, weights[name] * own)
 
 
-@pytest.mark.parametrize("kind", ["si", "geo", "stch", "famo", "go4align"])
-def test_negative_losses_have_no_logarithm(kind: str, net: Net, x: Tensor) -> None:
+@pytest.mark.parametrize("kind", ["si", "geo", "stch", "famo", "go4align", "imtl_l", "imtl"])
+def test_negative_losses_are_refused(kind: str, net: Net, x: Tensor) -> None:
     losses = net.losses(x)
-    with pytest.raises(NonFiniteLossError, match=f"'{kind}' takes logarithms.* that of task 'b' is negative"):
+    with pytest.raises(NonFiniteLossError, match=f"'{kind}' divides by losses.* task 'b' is negative"):
         make(kind).backward({**losses, "b": losses["b"] - 100}, net.partition())

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from polytask.balancers import solvers
 from polytask.balancers.base import Balancer
+from polytask.balancers.scalar import positive
 from polytask.balancers.solvers import Array
 from polytask.balancers.weighting import MODES, GradientWeighting, Problem, State, check_names
 from polytask.config import register
@@ -136,7 +137,7 @@ class PCGrad(GradientWeighting):
         return solvers.pcgrad(problem.gram, problem.orders(self.order))
 
 
-@register("balancer", "gradvac")
+@register("balancer", "gradvac", "gradient_vaccine")
 class GradVac(GradientWeighting):
     """Gradient Vaccine: cosines are raised to their running mean (Wang et al., ICLR 2021)."""
 
@@ -172,7 +173,7 @@ class IMTL(GradientWeighting):
         factor = self.head_factors(problem, state)
         alpha = solvers.equal_projection(problem.gram * np.outer(factor, factor))
         if self.variant == "full":
-            new = problem.adam(state, "s", factor * problem.losses - 1, self.lr)
+            new = problem.adam(state, "s", factor * positive(problem, self.type) - 1, self.lr)
             problem.keep(state, "s", new.clip(-10, 10))
         return alpha * factor
 
