@@ -244,6 +244,12 @@ def test_gradient_that_is_not_a_number(kind: str, net: Net, x: Tensor) -> None:
     torch.testing.assert_close(mine, trunk(net))
 
 
+@pytest.mark.parametrize("kind", ["nash", "fairgrad", "pivrg"])
+def test_limit_of_the_length_holds_for_one_task_present_of_several(kind: str, net: Net, x: Tensor) -> None:
+    make(kind).backward({"a": 1000 * net.losses(x)["a"]}, net.partition())
+    assert float(torch.linalg.vector_norm(trunk(net))) == pytest.approx(1.0)
+
+
 def test_aliases() -> None:
     names = {
         "gradnorm": "gn", "uncertainty": "uw", "gls": "geo", "graddrop": "gsd", "gradvac": "gvac",

@@ -62,7 +62,10 @@ class AlphaFair(GradientWeighting):
     def fair(self, problem: Problem, alpha: float, priority: Array | None = None) -> Array:
         """The solution, scaled down so that the direction is not longer than ``max_norm``."""
         w = solvers.alpha_fair(problem.gram, alpha, priority)
-        w = w * len(problem) if self.FACTOR and self.reduction == "sum" else w
+        return self.limit(problem, w * len(problem) if self.FACTOR and self.reduction == "sum" else w)
+
+    def limit(self, problem: Problem, w: Array) -> Array:
+        """See ``Weighting.limit``."""
         norm = np.sqrt(max(float(w @ problem.gram @ w), 0.0))
         return w * min(1.0, self.max_norm / norm) if self.max_norm and norm > 0 else w
 
