@@ -153,6 +153,19 @@ def test_cagrad(j: Any, c: float) -> None:
     assert close(solve("cagrad", j, c=0, **NATIVE) @ j, mean)
 
 
+@pytest.mark.parametrize("n", [3, 20])
+def test_cagrad_soon_gives_up_where_some_mix_of_gradients_is_zero(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    j = np.random.default_rng(0).standard_normal((n, 50))
+    j[1] = -j[0]
+    rounds = []
+    inner = solvers.min_norm
+    monkeypatch.setattr(solvers, "min_norm", lambda gram: rounds.append(1) or inner(gram))
+    assert solvers.cagrad(j @ j.T, 0.4) == pytest.approx(np.full(n, 1 / n))
+    assert len(rounds) < 40
+
+
 @quick
 @given(jacobians())
 def test_nash_is_fair_with_one(j: Any) -> None:

@@ -109,9 +109,9 @@ def cagrad(gram: Array, c: float) -> Array:
             w = exact
             break
         new = np.sqrt(max(float(w @ gram @ w), 0.0))
-        if abs(new - tau) <= 1e-13 * scale:
+        if abs(new - tau) <= 1e-13 * scale or new <= 1e-9 * scale:
             break
-        tau = max(new, 1e-12 * scale)
+        tau = new
     norm = np.sqrt(max(float(w @ gram @ w), 0.0))
     return mean if norm <= 1e-9 * scale else mean + c * length / norm * w
 
