@@ -145,6 +145,10 @@ class Weighting(Method):
     def solve(self, problem: Problem, state: State) -> Array:
         """Weights ``[n]`` as published; what is to be remembered is put into ``state``."""
 
+    def limit(self, problem: Problem, w: Array) -> Array:  # noqa: ARG002
+        """Weights ``[n]`` scaled down to what the method allows the length of the direction to be."""
+        return w
+
 
 class Scalarizer(Weighting):
     """Base of the methods that see loss values only; heads are weighted like the rest."""
@@ -198,8 +202,8 @@ class Rowwise(Method):
 def weigh(spec: Method, problem: Problem, state: Mapping[str, Any]) -> tuple[Array, State]:
     """Weights ``[T]`` of one step and what is remembered, with the edge cases all methods share.
 
-    Rows that are zero are left out and get weight 0; one row gets weight 1; if all are zero, all get 1.
-    ``state`` is not changed.
+    Rows that are zero are left out and get weight 0; one row gets weight 1, or less where a method of several
+    tasks limits the length of the direction; if all are zero, all get 1. ``state`` is not changed.
     """
     new, scalar = dict(state), isinstance(spec, Scalarizer)
     alive = problem if scalar else problem.only(np.diag(problem.gram) > 0)
@@ -209,7 +213,7 @@ def weigh(spec: Method, problem: Problem, state: Mapping[str, Any]) -> tuple[Arr
     assert isinstance(spec, Weighting)
     w = np.ones(1) if alone and not scalar else spec.solve(alive, new)
     if alone:
-        return alive.full(np.ones(1)), new
+        return alive.full(spec.limit(alive, np.ones(1)) if len(problem.tasks) > 1 else np.ones(1)), new
     if spec.MEAN and spec.reduction == "sum":
         w = w * len(alive)
     if spec.smoothing:
