@@ -11,7 +11,7 @@ from polytask.balancers import solvers
 from polytask.balancers.base import Balancer
 from polytask.balancers.scalar import positive
 from polytask.balancers.solvers import Array
-from polytask.balancers.weighting import MODES, GradientWeighting, Problem, State, check_names
+from polytask.balancers.weighting import GradientWeighting, Problem, State, check_names
 from polytask.config import register
 from polytask.errors import ConfigError
 from polytask.tasks.base import TaskSet
@@ -238,7 +238,7 @@ class GradNorm(GradientWeighting):
     """Learned weights that equalize training rates, by last-layer norms (Chen et al., ICML 2018)."""
 
     type: Literal["gn"] = "gn"
-    mode: str = Field(default="last_layer", pattern=MODES)
+    mode: str = "last_layer"
     alpha: float = Field(default=1.5, ge=0.0, description="pull of tasks that learn slowly")
     lr: float = Field(default=0.025, gt=0.0, description="Adam's, of the weights")
 

@@ -43,6 +43,7 @@ class EqualSpec(Scalarizer):
     type: Literal["equal"] = "equal"
 
     FOR_ONE: ClassVar[bool] = True
+    CONSTANT: ClassVar[bool] = True
     MEAN: ClassVar[bool] = False
 
     def solve(self, problem: Problem, state: State) -> Array:  # noqa: ARG002
@@ -57,6 +58,7 @@ class FixedSpec(Scalarizer):
     weights: dict[str, float] = Field(default_factory=dict)
 
     FOR_ONE: ClassVar[bool] = True
+    CONSTANT: ClassVar[bool] = True
     MEAN: ClassVar[bool] = False
 
     @field_validator("weights")

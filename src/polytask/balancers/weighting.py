@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from polytask.balancers.base import Balancer, BalancerSpec
@@ -153,13 +154,15 @@ class Weighting(Method):
 class Scalarizer(Weighting):
     """Base of the methods that see loss values only; heads are weighted like the rest."""
 
+    CONSTANT: ClassVar[bool] = False
+    """Whether the weights are the same for all batches."""
+
 
 class GradientWeighting(Weighting):
     """Base of the methods whose weights depend on the Gramian of the task gradients."""
 
     mode: str = Field(
         default="exact",
-        pattern=MODES,
         description="where gradients are compared: exact, features, last_layer, stale:K (exact every K "
         "steps, weights kept in between) or sketch:R (exact, remembering R numbers per task)",
     )
@@ -169,6 +172,13 @@ class GradientWeighting(Weighting):
     scale_heads: bool = Field(
         default=False, description="multiply each head's own gradient by its task's weight too"
     )
+
+    @field_validator("mode")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not re.match(MODES, value):
+            raise ValueError(f"exact, features, last_layer, stale:K or sketch:R are there, got {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _something_to_audit(self) -> Self:
@@ -237,6 +247,19 @@ def figures(gram: Array, names: Sequence[str]) -> dict[str, float]:
         "conflict": float(np.mean([cosines[pair] < 0 for pair in pairs])) if pairs else 0.0,
         "norm_ratio": float(norms.max() / norms[norms > 0].min()) if norms.any() else 1.0,
     }
+
+
+def check_collects(spec: Method, mode: str) -> None:
+    """Raises ConfigError for a method that cannot balance gradients added up over several batches."""
+    if isinstance(spec, Scalarizer):
+        what, got = "its weights depend on the losses of a whole batch", "losses of a part"
+    elif spec.BATCHES > 1:
+        what, got = f"it needs {spec.BATCHES} batches for a step already", "parts"
+    elif mode != "exact":
+        what, got = "gradients of several batches add up in mode 'exact' only", f"mode {mode!r}"
+    else:
+        return
+    raise ConfigError(what, where=f"balancer {spec.type!r}", got=got, hint="use larger batches")
 
 
 def check_names(names: Iterable[str], tasks: Collection[str], where: str) -> None:
