@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see ``polytask --help``)."""
     args = parser().parse_args(argv)
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _warn_once()
         warnings.simplefilter("always", PolytaskWarning)
         return _run(args)
 
@@ -60,9 +60,17 @@ def emit(value: object) -> None:
     print(to_json(value), flush=True)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, PolytaskWarning) and os.environ.get("RANK", "0") == "0":
-        say(f"warning: {message}")
+def _warn_once() -> Callable[..., None]:
+    """Shows each warning once: what a recipe warns of when it is checked, it would repeat when it runs."""
+    shown = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        new = issubclass(category, PolytaskWarning) and str(message) not in shown
+        if new and os.environ.get("RANK", "0") == "0":
+            shown.add(str(message))
+            say(f"warning: {message}")
+
+    return show
 
 
 def _done(args: argparse.Namespace, result: object) -> int:

@@ -52,9 +52,10 @@ def compose(what: str, where: str | None, got: object, expected: object, hint: s
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known spelling closest to ``word``, if any is close."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    """The known spelling closest to ``word``, whatever their case, if any is close."""
+    spelled = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return spelled[matches[0]] if matches else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -133,6 +133,15 @@ def test_eval_has_the_published_score_of_edges(
     assert "odsF" not in call("eval", run, "--set", "tasks.edge.boundary=null")[2]
 
 
+def test_what_a_recipe_warns_of_is_said_once(
+    call: Call, recipe_file: Write, rooms: Path, tmp_path: Path
+) -> None:
+    words = ("--output", tmp_path / "run", "--set", "balancer={type: pcgrad, mode: last_layer}")
+    code, _, err = call("train", recipe_file(), *words)
+    assert code == 0
+    assert err.count("warning: balancer 'pcgrad' goes by angles") == 1
+
+
 def test_train_eval_predict_profile(
     call: Call, recipe_file: Write, rooms: Path, tmp_path: Path, photo: Path
 ) -> None:

@@ -84,6 +84,21 @@ def test_replicated(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: 
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "parallel"), [("{type: segformer, dropout: 0}", "fsdp"), ("updecoder", "replicated")]
+)
+def test_decoders_with_trained_scales(
+    forks: Forks, recipe_file: Write, tmp_path: Path, head: str, parallel: str
+) -> None:
+    scales = ("model.adapter.train_scale=true", "model.adapter.train_task_scale=true")
+    file = recipe_file(*SAME, *scales, f"model.head={head}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert_done([forks.run("train", file, "--output", one)])
+    assert_done(forks.group(2, "train", file, "--output", two, "--set", f"run.parallel={parallel}"))
+    assert_same(one, two)
+
+
 @pytest.mark.parametrize(
     "balancer",
     [

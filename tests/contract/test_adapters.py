@@ -283,6 +283,12 @@ def test_layers_that_match_nothing() -> None:
         build(model_spec(VIT, adapter={"type": "mtlora", "layers": ["reduction"]}))
 
 
+def test_defaults_that_a_backbone_lacks_pass_also_when_written_out() -> None:
+    """As in the recipe of a run folder; a ViT has no position tables."""
+    spec = model_spec(VIT, adapter={"type": "mtlora"})
+    build(decode(type(spec), encode(spec)))
+
+
 def test_all_ranks_zero() -> None:
     with pytest.raises(ConfigError, match="matched no layer"):
         build(model_spec(SWIN, adapter={"type": "mtlora", "rank": 0, "mode": "lora_only"}))

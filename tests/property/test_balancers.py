@@ -153,6 +153,19 @@ def test_cagrad(j: Any, c: float) -> None:
     assert close(solve("cagrad", j, c=0, **NATIVE) @ j, mean)
 
 
+@pytest.mark.parametrize("n", [3, 20])
+def test_cagrad_soon_gives_up_where_some_mix_of_gradients_is_zero(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    j = np.random.default_rng(0).standard_normal((n, 50))
+    j[1] = -j[0]
+    rounds = []
+    inner = solvers.min_norm
+    monkeypatch.setattr(solvers, "min_norm", lambda gram: rounds.append(1) or inner(gram))
+    assert solvers.cagrad(j @ j.T, 0.4) == pytest.approx(np.full(n, 1 / n))
+    assert len(rounds) < 40
+
+
 @quick
 @given(jacobians())
 def test_nash_is_fair_with_one(j: Any) -> None:
@@ -211,6 +224,14 @@ def test_projections(j: Any) -> None:
     assert zero == pytest.approx(solvers.pcgrad(gram, orders), rel=1e-6)
     never, _ = solvers.gradvac(gram, np.full((n, n), -1.0), 0.0, orders)
     assert never == pytest.approx(np.ones(n), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1.0, 1e24])
+def test_simplex_at_any_scale(scale: float) -> None:
+    w = solvers.project_simplex(scale * np.array([-1.0, -3.0, -2.0]))
+    assert w.sum() == pytest.approx(1)
+    assert w.min() >= 0
+    assert w[0] == w.max()
 
 
 def test_gradnorm_pulls_norms_together() -> None:

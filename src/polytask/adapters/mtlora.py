@@ -109,15 +109,15 @@ class MTLoRA(Adapter):
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         """What a recipe names itself must be there; of the defaults, a backbone may lack some."""
-        named = "train" in self.model_fields_set and self.train != "all"
-        for part in self.train if named else ():
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for part in () if self.train in ("all", defaults["train"]) else self.train:
             if not any(part in name for name in parameters):
                 what = f"{part!r} is part of no parameter's name"
                 raise ConfigError(
                     what, where="model.adapter.train", hint=did_you_mean(part, _words(parameters))
                 )
         roles = {site.role for site in sites}
-        for role in self.layers if "layers" in self.model_fields_set else ():
+        for role in () if self.layers == defaults["layers"] else self.layers:
             if role not in roles:
                 has = ", ".join(sorted(roles))
                 raise ConfigError(f"the backbone has no {role!r}", where="model.adapter.layers", expected=has)

@@ -98,6 +98,9 @@ class Recon(Adapter):
             names = measured.choose(decode(Conflicts, content, source=REPORT))
         except (OSError, ValueError, PolytaskError) as error:
             raise ValueError(f"{error}; `run` is a finished run with `balancer: recon`") from None
+        if not names:
+            what = "no measured layer of the backbone has a cosine below `threshold` and the size asked for"
+            raise ValueError(f"{what}; raise `threshold` or `budget`, or lower `min_size`")
         return tuple(name.removeprefix(_NET) for name in names)
 
     def plan(self, tasks: Sequence[str]) -> StreamPlan:

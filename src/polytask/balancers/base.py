@@ -84,6 +84,9 @@ class Balancer(nn.Module):
         """
         raise ConfigError(f"{type(self).__name__} cannot accumulate gradients over batches")
 
+    def discard(self) -> None:
+        """Forget gradients that were collected and not balanced yet."""
+
     def step(
         self,
         losses: Mapping[str, Tensor],
@@ -100,7 +103,8 @@ class Balancer(nn.Module):
                 for each set of present tasks, and again when other parameters of ``shared`` train.
             features: the tensors where shared computation ends, for mode ``features``.
             parts: losses of further independent batches, for methods that need them.
-            accumulate: only add up gradients; a later call without it balances them.
+            accumulate: only add up gradients; a later call without it balances them. They are not part of
+                ``state_dict``, and forgotten if that call raises or has no finite loss.
 
         Raises:
             ConfigError: losses, parameters and features that do not belong together.

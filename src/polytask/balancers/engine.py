@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from polytask.balancers import cheap
 from polytask.balancers.base import Balancer, global_values
-from polytask.balancers.jacobian import Jacobian
+from polytask.balancers.jacobian import Jacobian, put_away, put_back
 from polytask.balancers.solvers import Array
 from polytask.balancers.weighting import (
     GradientWeighting,
@@ -30,6 +29,7 @@ from polytask.balancers.weighting import (
     Scalarizer,
     State,
     Weighting,
+    check_collects,
     check_names,
     figures,
     weigh,
@@ -68,15 +68,18 @@ class GradientBalancer(Balancer):
         self.number, self.audit_every = int(number or 0), choice.audit if choice else 0
         self.scale_heads = isinstance(spec, GradientWeighting | Rowwise) and spec.scale_heads
         if choice and choice.ANGLES and self.mode in ("features", "last_layer"):
+            what = (
+                f"balancer {spec.type!r} goes by angles of gradients, which mode {self.mode!r} does not"
+            )
+            hint = "" if choice.audit else ", or set audit to measure it"
             warnings.warn(
-                f"balancer {spec.type!r} goes by angles between gradients, which mode {self.mode!r} does not "
-                "preserve; use exact, stale:K or sketch:R, or set audit to measure it",
-                PolytaskWarning, stacklevel=3,
-            )  # fmt: skip
+                f"{what} preserve; use exact, stale:K or sketch:R{hint}", PolytaskWarning, stacklevel=3
+            )
         self._jacobians: list[Jacobian] = []
         self._layers: dict[Any, nn.Parameter] = {}  # the last shared one of each set of tasks
         self._pending: dict[str, float] = {}  # losses of the tasks whose rows wait for more batches
         self._held: dict[nn.Parameter, Tensor] = {}  # gradients of their heads, which wait too
+        self._finite: Any = None  # which rows of the last Jacobian are
 
     def epoch_end(self) -> None:
         """Tell the method."""
@@ -98,7 +101,7 @@ class GradientBalancer(Balancer):
         several = f"{n * self.batches} backward passes of what is shared"
         passes = {
             "exact": several, "stale": f"{several} every {self.number} steps, else one",
-            "features": "one backward pass, gradients compared where it begins to be shared",
+            "features": "one backward pass, gradients compared at the features",
             "last_layer": f"one backward pass, and {n} down to the last shared layer",
             "sketch": f"{n + 1} backward passes of what is shared",
         }[self.mode] if not isinstance(self.spec, Scalarizer) else "one backward pass"  # fmt: skip
@@ -134,18 +137,23 @@ class GradientBalancer(Balancer):
         Raises:
             ConfigError: a mode or a method that does not keep gradients.
         """
-        if self.mode != "exact" or isinstance(self.spec, Scalarizer) or self.batches > 1:
-            what = "gradients of several batches add up where a method sees them all, in mode 'exact'"
-            raise ConfigError(what, where=f"balancer {self.spec.type!r}", got=f"mode {self.mode!r}")
+        if isinstance(self.spec, Scalarizer) and self.spec.CONSTANT:
+            self.backward(losses, partition)  # adds to what `.grad` holds
+            return
+        check_collects(self.spec, self.mode)
         values = global_values(losses)
-        before = self._put_away(partition)
+        before = put_away(partition, self._jacobians)
         self._fill(0, losses, list(partition.shared.values()), list(self._pending | values))
         for parameter in (p for name in values for p in partition.per_task.get(name, {}).values()):
             if (fresh := parameter.grad) is not None:
                 held = self._held.get(parameter)
                 self._held[parameter], parameter.grad = fresh if held is None else held + fresh, None
         self._pending = _added(self._pending, values)
-        _put_back(before)
+        put_back(before)
+
+    def discard(self) -> None:
+        """See ``Balancer.discard``."""
+        self._pending, self._held = {}, {}
 
     def backward(
         self,
@@ -168,7 +176,7 @@ class GradientBalancer(Balancer):
         values = _added(self._pending, global_values(losses))
         self.memory["step"] = self.memory.get("step", torch.zeros((), dtype=torch.int64)) + 1
         self.stats, self.gram = {}, None
-        before = self._put_away(partition)
+        before = put_away(partition, self._jacobians)
         for parameter, gradient in self._held.items():
             parameter.grad = gradient
         self._held = {}
@@ -177,12 +185,14 @@ class GradientBalancer(Balancer):
         step = _Step(losses, shared, owned, self._problem(values), frontier, parts)
         w = self._weights(step)
         self._pending = {}
-        _put_back(before)
+        put_back(before)
         return dict(zip(values, map(float, w), strict=True))
 
     def _weights(self, step: _Step) -> Array:
         """Write ``.grad`` in the way that the method and its mode ask for."""
         problem, kept = step.problem, self.memory.get("kept")
+        if kept is not None and kept[problem.rows].isnan().any():
+            kept = None  # a task that never was there when weights were found
         if isinstance(self.spec, Scalarizer):
             w = self._settle(problem)
             cheap.weighted([*step.losses.values()], step.owned, w, w)
@@ -198,23 +208,16 @@ class GradientBalancer(Balancer):
         elif self.mode in ("exact", "stale"):
             w = self._exact(step)
             if self.mode == "stale":
-                kept = torch.ones(len(self.tasks), dtype=torch.float64) if kept is None else kept.clone()
-                kept[problem.rows] = torch.as_tensor(w)
-                self.memory["kept"] = kept
+                self._keep(problem.rows, w)
         else:
             w = self._cheap(step)
         return w
 
-    def _put_away(self, partition: Partition) -> list[tuple[nn.Parameter, Tensor]]:
-        """What ``.grad`` holds already; those of the last step are copied, as their memory is used again."""
-        own = {j.direction.untyped_storage().data_ptr() for j in self._jacobians}
-        before = [(p, p.grad) for _, p in partition.trainable() if p.grad is not None]
-        for parameter, _ in before:
-            parameter.grad = None
-        return [
-            (p, g if isinstance(g, DTensor) or g.untyped_storage().data_ptr() not in own else g.clone())
-            for p, g in before
-        ]
+    def _keep(self, rows: Array, w: Array) -> None:
+        """Weights for the next steps; tasks whose gradients were not finite have none."""
+        kept = self.memory.get("kept", torch.full((len(self.tasks),), np.nan, dtype=torch.float64)).clone()
+        kept[rows] = torch.as_tensor(np.where(self._finite, w, np.nan))
+        self.memory["kept"] = kept
 
     # --- exact ---------------------------------------------------------------------------------------
 
@@ -244,7 +247,7 @@ class GradientBalancer(Balancer):
         jacobian = self._fill(0, step.losses, step.shared, names)
         jacobian.exchange(n)
         gram = jacobian.gramian(n)
-        finite = self._leave_out(step, jacobian, gram, crossed)
+        finite = self._finite = self._leave_out(step, jacobian, gram, crossed)
         self.gram, self.stats = gram, self.stats | figures(gram, names)
         problem = replace(step.problem, gram=gram, crossed=crossed)
         factors = self.spec.head_factors(problem, self._state())
@@ -342,8 +345,3 @@ def _not_finite(task: str) -> NonFiniteLossError:
 
 def _added(some: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
     return {name: some.get(name, 0.0) + more.get(name, 0.0) for name in {**some, **more}}
-
-
-def _put_back(before: list[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, gradient in before:
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from polytask.balancers.base import Balancer, BalancerSpec, global_values
-from polytask.balancers.graph import Leaves, leaves
+from polytask.balancers.graph import Leaves, last_leaf, leaves
 from polytask.balancers.solvers import Array
 from polytask.balancers.weighting import check_names, find
 from polytask.config import decode
@@ -67,6 +67,9 @@ def balancer(name: str, tasks: Iterable[str] | TaskSet, **settings: Any) -> Bala
     if isinstance(tasks, str):
         raise ConfigError("tasks are a list of names", where="tasks", got=tasks, expected="such as ['depth']")
     if not isinstance(tasks, TaskSet):
+        tasks = list(tasks)
+        if wrong := [task for task in tasks if not isinstance(task, str)]:
+            raise ConfigError("tasks are a list of names", where="tasks", got=wrong[0], expected="text")
         tasks = TaskSet({task: Depth() for task in tasks})  # any kind: balancers see names and weights
     return spec.build(tasks)
 
@@ -80,19 +83,36 @@ def step(
     accumulate: bool = False,
 ) -> Outcome:
     """See ``Balancer.step``."""
+    try:
+        return _step(balancer, losses, shared, features, parts, accumulate)
+    except Exception:
+        balancer.discard()
+        raise
+
+
+def _step(
+    balancer: Balancer, losses: Mapping[str, Tensor], shared: Any, features: Any, parts: Any, accumulate: bool
+) -> Outcome:
     values = _checked(balancer, losses, parts)
     losses = {name: loss for name, loss in losses.items() if np.isfinite(values[name])}
     given, ends = _given(shared), _ends(features)
     key = (*losses, *(id(p) for p in (given or {}).values() if p.requires_grad))
-    if key not in balancer.partitions:
-        balancer.partitions[key] = partition_of(losses, given, ends)
-    known = balancer.partitions[key]
+    known, roots = balancer.partitions.get(key), [z for z in ends or losses.values() if z.requires_grad]
+    if known is None or (given is None and not all(_knows(known, root) for root in roots)):
+        known = balancer.partitions[key] = partition_of(losses, given, ends)
     partition = Partition({n: p for n, p in known.shared.items() if p.requires_grad}, known.per_task, {})
     if accumulate:
         balancer.collect(losses, partition)
         return Outcome({}, values, {}, None)
+    if not losses:
+        balancer.discard()
     weights = balancer.backward(losses, partition, ends, parts) if losses else {}
     return Outcome(weights, values, dict(balancer.stats), balancer.gram)
+
+
+def _knows(partition: Partition, root: Tensor) -> bool:
+    """Whether a tensor comes from the network that was divided: its last parameter is one of those."""
+    return id(last_leaf(root)) in {id(p) for _, p in partition.trainable()}
 
 
 def _checked(

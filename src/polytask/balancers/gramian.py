@@ -9,8 +9,9 @@ from pydantic import Field
 
 from polytask.balancers import solvers
 from polytask.balancers.base import Balancer
+from polytask.balancers.scalar import positive
 from polytask.balancers.solvers import Array
-from polytask.balancers.weighting import MODES, GradientWeighting, Problem, State, check_names
+from polytask.balancers.weighting import GradientWeighting, Problem, State, check_names
 from polytask.config import register
 from polytask.errors import ConfigError
 from polytask.tasks.base import TaskSet
@@ -61,7 +62,10 @@ class AlphaFair(GradientWeighting):
     def fair(self, problem: Problem, alpha: float, priority: Array | None = None) -> Array:
         """The solution, scaled down so that the direction is not longer than ``max_norm``."""
         w = solvers.alpha_fair(problem.gram, alpha, priority)
-        w = w * len(problem) if self.FACTOR and self.reduction == "sum" else w
+        return self.limit(problem, w * len(problem) if self.FACTOR and self.reduction == "sum" else w)
+
+    def limit(self, problem: Problem, w: Array) -> Array:
+        """See ``Weighting.limit``."""
         norm = np.sqrt(max(float(w @ problem.gram @ w), 0.0))
         return w * min(1.0, self.max_norm / norm) if self.max_norm and norm > 0 else w
 
@@ -136,7 +140,7 @@ class PCGrad(GradientWeighting):
         return solvers.pcgrad(problem.gram, problem.orders(self.order))
 
 
-@register("balancer", "gradvac")
+@register("balancer", "gradvac", "gradient_vaccine")
 class GradVac(GradientWeighting):
     """Gradient Vaccine: cosines are raised to their running mean (Wang et al., ICLR 2021)."""
 
@@ -172,7 +176,7 @@ class IMTL(GradientWeighting):
         factor = self.head_factors(problem, state)
         alpha = solvers.equal_projection(problem.gram * np.outer(factor, factor))
         if self.variant == "full":
-            new = problem.adam(state, "s", factor * problem.losses - 1, self.lr)
+            new = problem.adam(state, "s", factor * positive(problem, self.type) - 1, self.lr)
             problem.keep(state, "s", new.clip(-10, 10))
         return alpha * factor
 
@@ -234,7 +238,7 @@ class GradNorm(GradientWeighting):
     """Learned weights that equalize training rates, by last-layer norms (Chen et al., ICML 2018)."""
 
     type: Literal["gn"] = "gn"
-    mode: str = Field(default="last_layer", pattern=MODES)
+    mode: str = "last_layer"
     alpha: float = Field(default=1.5, ge=0.0, description="pull of tasks that learn slowly")
     lr: float = Field(default=0.025, gt=0.0, description="Adam's, of the weights")
 

@@ -37,6 +37,19 @@ def leaves(roots: Sequence[Tensor], ends: Collection[Any] = ()) -> tuple[Leaves,
     return {i: found[i] for i in sorted(found, key=lambda i: used[i])}, bool(seen & set(ends))
 
 
+def last_leaf(root: Tensor) -> nn.Parameter | None:
+    """A leaf with the fewest operations between it and the tensor."""
+    waiting: list[Any] = [get_gradient_edge(root).node]
+    seen: set[Any] = set()
+    for node in waiting:  # grows on the way
+        if (leaf := getattr(node, "variable", None)) is not None:
+            return leaf  # type: ignore[no-any-return]
+        fresh = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return None
+
+
 def last_layer(losses: Sequence[Tensor], shared: Sequence[nn.Parameter]) -> nn.Parameter:
     """The last matrix (else the last vector) that all losses depend on, in the order of the forward pass.
 

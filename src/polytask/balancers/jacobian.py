@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from polytask.balancers.solvers import Array
 from polytask.parallel import total, world
+from polytask.types import Partition
 
 _CHUNK = 1 << 12
 """Columns multiplied at a time, but in one call: chunks stay in the cache, and sums of them are float64."""
@@ -129,3 +130,21 @@ class Jacobian:
                 )  # fmt: skip
             parameter.grad = gradient
         self._reached.clear()
+
+
+def put_away(partition: Partition, jacobians: Sequence[Jacobian]) -> list[tuple[nn.Parameter, Tensor]]:
+    """What ``.grad`` holds already; those of the last step are copied, as their memory is used again."""
+    own = {j.direction.untyped_storage().data_ptr() for j in jacobians}
+    before = [(p, p.grad) for _, p in partition.trainable() if p.grad is not None]
+    for parameter, _ in before:
+        parameter.grad = None
+    return [
+        (p, g if isinstance(g, DTensor) or g.untyped_storage().data_ptr() not in own else g.clone())
+        for p, g in before
+    ]
+
+
+def put_back(before: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Add it to what ``.grad`` holds now."""
+    for parameter, gradient in before:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

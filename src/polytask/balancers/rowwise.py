@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from polytask.balancers.jacobian import mix, product
-from polytask.balancers.scalar import softmax
+from polytask.balancers.scalar import positive, softmax
 from polytask.balancers.solvers import Array, project_simplex
 from polytask.balancers.weighting import Problem, Rowwise
 from polytask.config import register
@@ -39,7 +39,7 @@ def _per_task(memory: dict[str, Tensor], name: str, tasks: int, start: float) ->
     return memory.setdefault(name, torch.full((tasks,), start, dtype=torch.float64)).numpy()
 
 
-@register("balancer", "graddrop")
+@register("balancer", "graddrop", "gradient_sign_dropout")
 class GradDrop(Rowwise):
     """Keep gradients of one sign per coordinate, drawn by its purity (Chen et al., NeurIPS 2020)."""
 
@@ -117,7 +117,7 @@ class DBMTL(Rowwise):
 
     def head_factors(self, problem: Problem, state: Any) -> Array:  # noqa: ARG002
         """Heads see the gradients of the log losses."""
-        return 1 / (np.maximum(problem.losses, 0) + 1e-8)
+        return 1 / (positive(problem, self.type) + 1e-8)
 
     def direct(self, matrix: Tensor, problem: Problem, memory: dict[str, Tensor], out: Tensor) -> Array:
         tracked = _remembered(memory, "tracked", len(problem.tasks), matrix)
@@ -125,7 +125,7 @@ class DBMTL(Rowwise):
         for row, gradient, factor in zip(problem.rows, matrix, factors, strict=True):
             tracked[row].mul_(keep).add_(gradient, alpha=(1 - keep) * float(factor))
         norms = torch.linalg.vector_norm(tracked, dim=1).double().cpu().numpy()[problem.rows]
-        w = np.divide(norms.max(), norms, out=np.zeros_like(norms), where=norms > 0)
+        w = np.divide(norms.max(), norms, out=np.full_like(norms, not norms.any()), where=norms > 0)
         mix(problem.full(w), tracked, out)
         return np.asarray(w)
 

@@ -20,12 +20,12 @@ def positive(problem: Problem, name: str) -> Array:
     """The losses, at least 1e-8.
 
     Raises:
-        NonFiniteLossError: a loss below zero, whose logarithm does not exist.
+        NonFiniteLossError: a loss below zero, which has no logarithm and no scale that makes it 1.
     """
     low = int(np.argmin(problem.losses))
     if problem.losses[low] < -1e-8:
         task = problem.tasks[problem.rows[low]]
-        what = f"balancer {name!r} takes logarithms of losses, and that of task {task!r} is negative"
+        what = f"balancer {name!r} divides by losses, and that of task {task!r} is negative"
         raise NonFiniteLossError(what, got=float(problem.losses[low]), expected="losses above 0")
     return np.maximum(problem.losses, 1e-8)
 
@@ -43,6 +43,7 @@ class EqualSpec(Scalarizer):
     type: Literal["equal"] = "equal"
 
     FOR_ONE: ClassVar[bool] = True
+    CONSTANT: ClassVar[bool] = True
     MEAN: ClassVar[bool] = False
 
     def solve(self, problem: Problem, state: State) -> Array:  # noqa: ARG002
@@ -57,6 +58,7 @@ class FixedSpec(Scalarizer):
     weights: dict[str, float] = Field(default_factory=dict)
 
     FOR_ONE: ClassVar[bool] = True
+    CONSTANT: ClassVar[bool] = True
     MEAN: ClassVar[bool] = False
 
     @field_validator("weights")
@@ -76,7 +78,7 @@ class FixedSpec(Scalarizer):
         return np.array([self.weights.get(problem.tasks[row], 1.0) for row in problem.rows])
 
 
-@register("balancer", "uncertainty")
+@register("balancer", "uncertainty", "uncertainty_weighting")
 class UncertaintySpec(Scalarizer):
     """Uncertainty weighting (Kendall, Gal, Cipolla, CVPR 2018): ``1/2 (exp(-s_t) L_t + s_t)``, s learned."""
 
@@ -102,7 +104,8 @@ class IMTLLoss(Scalarizer):
 
     def solve(self, problem: Problem, state: State) -> Array:
         w = np.exp(problem.mine(state, "s", 0.0))
-        problem.keep(state, "s", problem.adam(state, "s", w * problem.losses - 1, self.lr).clip(-10, 10))
+        slope = w * positive(problem, self.type) - 1
+        problem.keep(state, "s", problem.adam(state, "s", slope, self.lr).clip(-10, 10))
         return w
 
 

@@ -26,6 +26,7 @@ def unit_diagonal(gram: Array) -> tuple[Array, Array]:
 
 def project_simplex(v: Array) -> Array:
     """Nearest point (Euclidean) with non-negative entries that sum to 1 (Held, Wolfe, Crowder, 1974)."""
+    v = v - v.max()  # moves nothing, and large entries would swallow the 1
     ordered = np.sort(v)[::-1]
     thresholds = (np.cumsum(ordered) - 1) / np.arange(1, len(v) + 1)
     return np.asarray(np.maximum(v - thresholds[ordered > thresholds][-1], 0.0))
@@ -108,9 +109,9 @@ def cagrad(gram: Array, c: float) -> Array:
             w = exact
             break
         new = np.sqrt(max(float(w @ gram @ w), 0.0))
-        if abs(new - tau) <= 1e-13 * scale:
+        if abs(new - tau) <= 1e-13 * scale or new <= 1e-9 * scale:
             break
-        tau = max(new, 1e-12 * scale)
+        tau = new
     norm = np.sqrt(max(float(w @ gram @ w), 0.0))
     return mean if norm <= 1e-9 * scale else mean + c * length / norm * w
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from polytask.balancers.base import Balancer, BalancerSpec
@@ -145,9 +146,16 @@ class Weighting(Method):
     def solve(self, problem: Problem, state: State) -> Array:
         """Weights ``[n]`` as published; what is to be remembered is put into ``state``."""
 
+    def limit(self, problem: Problem, w: Array) -> Array:  # noqa: ARG002
+        """Weights ``[n]`` scaled down to what the method allows the length of the direction to be."""
+        return w
+
 
 class Scalarizer(Weighting):
     """Base of the methods that see loss values only; heads are weighted like the rest."""
+
+    CONSTANT: ClassVar[bool] = False
+    """Whether the weights are the same for all batches."""
 
 
 class GradientWeighting(Weighting):
@@ -155,7 +163,6 @@ class GradientWeighting(Weighting):
 
     mode: str = Field(
         default="exact",
-        pattern=MODES,
         description="where gradients are compared: exact, features, last_layer, stale:K (exact every K "
         "steps, weights kept in between) or sketch:R (exact, remembering R numbers per task)",
     )
@@ -165,6 +172,13 @@ class GradientWeighting(Weighting):
     scale_heads: bool = Field(
         default=False, description="multiply each head's own gradient by its task's weight too"
     )
+
+    @field_validator("mode")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if not re.match(MODES, value):
+            raise ValueError(f"exact, features, last_layer, stale:K or sketch:R are there, got {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _something_to_audit(self) -> Self:
@@ -198,8 +212,8 @@ class Rowwise(Method):
 def weigh(spec: Method, problem: Problem, state: Mapping[str, Any]) -> tuple[Array, State]:
     """Weights ``[T]`` of one step and what is remembered, with the edge cases all methods share.
 
-    Rows that are zero are left out and get weight 0; one row gets weight 1; if all are zero, all get 1.
-    ``state`` is not changed.
+    Rows that are zero are left out and get weight 0; one row gets weight 1, or less where a method of several
+    tasks limits the length of the direction; if all are zero, all get 1. ``state`` is not changed.
     """
     new, scalar = dict(state), isinstance(spec, Scalarizer)
     alive = problem if scalar else problem.only(np.diag(problem.gram) > 0)
@@ -209,7 +223,7 @@ def weigh(spec: Method, problem: Problem, state: Mapping[str, Any]) -> tuple[Arr
     assert isinstance(spec, Weighting)
     w = np.ones(1) if alone and not scalar else spec.solve(alive, new)
     if alone:
-        return alive.full(np.ones(1)), new
+        return alive.full(spec.limit(alive, np.ones(1)) if len(problem.tasks) > 1 else np.ones(1)), new
     if spec.MEAN and spec.reduction == "sum":
         w = w * len(alive)
     if spec.smoothing:
@@ -233,6 +247,19 @@ def figures(gram: Array, names: Sequence[str]) -> dict[str, float]:
         "conflict": float(np.mean([cosines[pair] < 0 for pair in pairs])) if pairs else 0.0,
         "norm_ratio": float(norms.max() / norms[norms > 0].min()) if norms.any() else 1.0,
     }
+
+
+def check_collects(spec: Method, mode: str) -> None:
+    """Raises ConfigError for a method that cannot balance gradients added up over several batches."""
+    if isinstance(spec, Scalarizer):
+        what, got = "its weights depend on the losses of a whole batch", "losses of a part"
+    elif spec.BATCHES > 1:
+        what, got = f"it needs {spec.BATCHES} batches for a step already", "parts"
+    elif mode != "exact":
+        what, got = "gradients of several batches add up in mode 'exact' only", f"mode {mode!r}"
+    else:
+        return
+    raise ConfigError(what, where=f"balancer {spec.type!r}", got=got, hint="use larger batches")
 
 
 def check_names(names: Iterable[str], tasks: Collection[str], where: str) -> None:

@@ -82,7 +82,8 @@ def test_schema_offers_names_and_a_run() -> None:
         ('{"tasks": []}', {}, r"layers: conflicts\.json: .*required key is missing"),
         (json.dumps(encode(CONFLICTS)), {"treshold": 0}, r"unknown key; did you mean 'threshold'"),
         (json.dumps(encode(CONFLICTS)), {"threshold": 0.5}, r"threshold: .*less than or equal to 0"),
-        (json.dumps(encode(CONFLICTS)), {"min_size": 9999}, r"layers: .*at least 1 item"),
+        (json.dumps(encode(CONFLICTS)), {"budget": 1e-9}, r"layers: no measured layer .*raise .*`budget`"),
+        (json.dumps(encode(CONFLICTS)), {"min_size": 9999}, r"layers: no measured layer .*lower `min_size`"),
     ],
 )
 def test_measured_conflicts_that_cannot_be_read(

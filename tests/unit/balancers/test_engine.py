@@ -214,9 +214,36 @@ def test_accumulation(net: Net, x: Tensor) -> None:
     w, _ = weights("upgrad", (j @ j.T).numpy())
     torch.testing.assert_close(trunk(net2), torch.tensor(w) @ j)
     assert list(outcome.weights) == list(NAMES)
-    for name in ("uw", "modo"):
-        with pytest.raises(ConfigError, match="gradients of several batches add up where"):
-            make(name).step(net.losses(net.features(x)), accumulate=True)
+    for b, what in (
+        (make("uw"), "its weights depend on the losses of a whole batch"),
+        (make("modo"), "it needs 3 batches for a step already"),
+        (make(mode="features"), "gradients of several batches add up in mode 'exact' only"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            b.step(net.losses(net.features(x)), accumulate=True)
+
+
+def test_accumulation_with_constant_weights(net: Net, x: Tensor) -> None:
+    b, x2 = make("fixed", weights={"b": 3.0}), x.flip(0) * 1.5
+    for batch in (x, x2):
+        b.step(net.losses(net.features(batch)), [*net.trunk], accumulate=batch is x)
+    expected = torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64) @ (rows(net, x) + rows(net, x2))
+    torch.testing.assert_close(trunk(net), expected)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "stop"])
+def test_what_was_collected_for_a_step_that_fails_is_forgotten(net: Net, x: Tensor, nonfinite: str) -> None:
+    b = make("upgrad", nonfinite=nonfinite)
+    b.step(net.losses(net.features(x * 2)), [*net.trunk], accumulate=True)
+    bad = {name: loss * torch.nan for name, loss in net.losses(net.features(x)).items()}
+    if nonfinite == "stop":
+        with pytest.raises(NonFiniteLossError):
+            b.step(bad, [*net.trunk])
+    else:
+        assert b.step(bad, [*net.trunk]).weights == {}
+    b.step(net.losses(net.features(x)), [*net.trunk])
+    j = rows(net, x)
+    torch.testing.assert_close(trunk(net), torch.tensor(weights("upgrad", (j @ j.T).numpy())[0]) @ j)
 
 
 @pytest.mark.parametrize("name", ["db_mtl", "imtl"])
@@ -246,6 +273,16 @@ def test_stale(net: Net, x: Tensor) -> None:
         torch.testing.assert_close(trunk(net), torch.tensor(seen[-1], dtype=torch.float64) @ j)
         assert_heads(net, x * (1 + step), dict.fromkeys(NAMES, 1.0))
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4]
+
+
+def test_stale_weights_wait_for_all_tasks(net: Net, x: Tensor) -> None:
+    """A task without a weight yet is not given one that fits nothing: weights are found again."""
+    b = make("nash", mode="stale:9")
+    run(b, net, x, ("a", "b"))
+    w = run(b, net, x)
+    j = rows(net, x)
+    np.testing.assert_allclose([*w.values()], weights("nash", (j @ j.T).numpy())[0], rtol=1e-6)
+    assert run(b, net, x * 2) == w
 
 
 def test_weights_of_zero_leave_the_heads_alone(net: Net, x: Tensor) -> None:

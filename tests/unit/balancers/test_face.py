@@ -217,13 +217,33 @@ def test_pure_function_refuses(name: str, gramian: Any, more: dict[str, Any], se
         ),
         ("cagrad", {"rescal": 1}, "rescal: unknown key; did you mean 'rescale'? (cagrad takes"),
         ("cagrad", {"c": -1}, "c: input should be greater than or equal to 0, got -1"),
-        ("cagrad", {"mode": "stale"}, "mode: string should match pattern"),
+        ("cagrad", {"mode": "stale"}, "stale:K"),
     ],
 )
 def test_wrong_settings(name: str, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises((ConfigError, ConfigErrors), match=re.escape(sentence)) as caught:
         balancer(name, NAMES, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_tasks_that_are_no_names() -> None:
+    with pytest.raises(ConfigError, match="tasks are a list of names, expected text, got 1"):
+        balancer("uw", [1, 2])  # type: ignore[list-item]
+
+
+def test_another_network(loop: Loop) -> None:
+    """Without ``shared``, what is shared is found again when the losses come from another network."""
+    b = balancer("cagrad", NAMES)
+    b.step(loop.losses())
+    other = Loop()
+    assert set(b.step(other.losses()).weights) == set(NAMES)
+    assert all(p.grad is not None for p in other.trunk.parameters())
+
+
+def test_losses_below_zero_have_no_logarithm(loop: Loop) -> None:
+    losses = {name: loss - 100 for name, loss in loop.losses().items()}
+    with pytest.raises(NonFiniteLossError, match="divides by losses, and that of task"):
+        balancer("db_mtl", NAMES).step(losses)
 
 
 def test_one_task(loop: Loop) -> None:

@@ -25,7 +25,7 @@ X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.f
 def jobs() -> Iterator[tuple[str, dict[str, str]]]:
     """All methods, in all modes they have."""
     for name, kind in registered("balancer").items():
-        if issubclass(kind, GradientWeighting) and kind.model_fields["mode"].metadata:
+        if issubclass(kind, GradientWeighting) and kind.model_fields["mode"].annotation is str:
             for mode in MODES.strip("^()$").split("|"):
                 yield name, {"mode": mode.replace(r"[1-9]\d*", "3")}
         elif issubclass(kind, Method) and name != "torchjd":
