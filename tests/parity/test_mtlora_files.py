@@ -334,13 +334,44 @@ def adapter_from(tmp_path: Path, lora: dict[str, Any] | None = None, **options: 
     return adapter
 
 
-def test_the_shipped_settings_are_the_shipped_recipe(tmp_path: Path) -> None:
-    ours, shipped = recipe_from(tmp_path), load_recipe("pascal/mtlora_r64")
+PER_TASK = {"semseg": [4], "normals": [4], "sal": [4], "human_parts": [4], "edge": [4], "depth": [4]}
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        *((f"mtlora_r{r}", {"R_PER_TASK": {**PER_TASK, "shared": [r]}}) for r in (16, 32, 64)),
+        *(
+            (
+                f"mtlora_plus_r{r}_pertask",
+                {"R_PER_TASK": {**PER_TASK, "shared": [r]}, "DOWNSAMPLER_ENABLED": True},
+            )
+            for r in (16, 32, 64)
+        ),
+        *(
+            (f"mtlora_plus_r{r}", {"R_PER_TASK": {}, "R": [r], "DOWNSAMPLER_ENABLED": True})
+            for r in (4, 8, 16)
+        ),
+    ],
+)
+def test_the_shipped_settings_are_the_shipped_recipes(
+    name: str, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    ours, shipped = recipe_from(tmp_path, lora), load_recipe(f"pascal/{name}")
     assert ours.model == shipped.model
     assert list(ours.tasks) == list(shipped.tasks)
     assert (ours.optim, ours.phases, ours.balancer) == (shipped.optim, shipped.phases, shipped.balancer)
     assert ours.data.model_copy(update={"root": None}) == shipped.data.model_copy(update={"root": None})
     assert ours.name == "official"
+
+
+def test_nyud_settings_are_the_nyud_recipe(tmp_path: Path) -> None:
+    ours, shipped = (
+        recipe_from(tmp_path, tasks=["semseg", "normals", "depth"]),
+        load_recipe("nyud/mtlora_r64"),
+    )
+    assert ours.model == shipped.model
+    assert ours.data.model_copy(update={"root": None}) == shipped.data.model_copy(update={"root": None})
 
 
 @pytest.mark.parametrize(
