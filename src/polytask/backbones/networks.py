@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from timm.models import load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from polytask.errors import CheckpointError, ConfigError, did_you_mean
 
@@ -120,11 +121,16 @@ def load_weights(net: nn.Module, path: Path) -> None:
         )
 
 
-@torch.no_grad()
 def digest(module: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of a module's parameters."""
+    return digest_of(dict(module.named_parameters()))
+
+
+@torch.no_grad()
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
     hasher = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
