@@ -107,9 +107,9 @@ class LoRALinear(LinearMap, Mergeable):
 
     def factors(self, task: str | None = None) -> Factors | None:
         """Those of the branch, or of the task's."""
-        branch = self.branch
-        if isinstance(branch, Private) and task is not None:
-            branch = branch.tasks[task]
+        branch: nn.Module | None = self.branch
+        if isinstance(branch, Private):
+            branch = dict(branch.tasks.items()).get(task or "")
         return Factors(branch.A.weight, branch.B.weight, branch.scale) if isinstance(branch, Branch) else None
 
     def linear_weight(self) -> Tensor | None:

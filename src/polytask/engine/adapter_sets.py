@@ -127,14 +127,26 @@ def _trained(model: MultiTaskModel) -> set[str]:
     return model.changed | {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _header(model: MultiTaskModel, digest: str) -> Header:
+def base_of(model: MultiTaskModel) -> str:
+    """Hash of the pretrained trunk.
+
+    Raises:
+        ConfigError: it is random, so that what was trained on it is of no use elsewhere.
+    """
     base = model.backbone.base_digest
-    if base is None or model.spec is None:
+    if base is None:
         raise ConfigError(
             "adapters need a trunk that can be loaded again", where="model.backbone",
             got="random weights, or a model that trained as a whole",
             hint="set model.backbone.pretrained=true or model.backbone.weights=FILE",
         )  # fmt: skip
+    return base
+
+
+def _header(model: MultiTaskModel, digest: str) -> Header:
+    base = base_of(model)
+    if model.spec is None:
+        raise ConfigError("the model has no settings", where="adapters", hint="build it with ModelSpec.build")
     settings = encode(model.spec)
     settings["backbone"] = {k: v for k, v in settings["backbone"].items() if k not in _ELSEWHERE}
     return Header(
