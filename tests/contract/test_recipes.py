@@ -72,7 +72,7 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     adapter = data["model"]["adapter"]
     if adapter is not None and adapter["type"] == "mtlora":
         adapter |= {"rank": 2, "task_rank": 2}
-    elif adapter is not None and "swin" in backbone["name"]:
+    elif adapter is not None and adapter["type"] == "recon" and "swin" in backbone["name"]:
         adapter["layers"] = ["layers.2.*.fc2"]
     return decode(Recipe, data)
 

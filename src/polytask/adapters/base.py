@@ -26,7 +26,7 @@ class Adapter(Spec):
         """Which tasks own a stream, and where streams fork."""
 
     def sites(self, backbone: Backbone) -> list[Site]:
-        """The layers that ``wrap`` is asked about."""
+        """The layers that ``wrap`` is asked about; none if the technique wraps nothing."""
         return list(backbone.sites())
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def adapt(backbone: Backbone, adapter: Adapter, tasks: Sequence[str]) -> None:
         module = adapter.wrap(site, layer, plan, backbone)
         if module is not None:
             wrapped.append((site, module))
-    if not wrapped:
+    if sites and not wrapped:
         raise ConfigError(
             f"adapter {adapter.type!r} matched no layer of the backbone", where="model.adapter.layers"
         )

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from polytask.adapters.base import Adapter, Mergeable
 from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
-from polytask.backbones.streams import LinearMap, StreamPlan, Streams
+from polytask.backbones.streams import Factors, LinearMap, StreamPlan, Streams
 from polytask.backbones.timm import Backbone, is_narrow
 from polytask.config import register
-from polytask.errors import ConfigError, UnsupportedBackboneError, did_you_mean
+from polytask.errors import ConfigError, did_you_mean
 from polytask.types import PerTask, Site
 
 Mode = Literal["matrix", "matrixv2", "addition", "lora_only"]
@@ -244,14 +244,6 @@ class TaskLinear(LinearMap, Mergeable):
         self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
         self.dropout = branches.dropout
 
-    @property
-    def weight(self) -> Tensor:
-        """Refused: a network that reads it would compute past the branches."""
-        raise UnsupportedBackboneError(
-            "the network reads `.weight` of an adapted layer and would bypass the adapter",
-            hint="use a backbone that calls its linear layers, e.g. Swin, ViT or DeiT3",
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
         active = [task for task in self.streams.active if task in self.tasks]
@@ -307,6 +299,12 @@ class TaskLinear(LinearMap, Mergeable):
     @staticmethod
     def _low_rank(x: Tensor, branch: LowRank) -> Tensor:
         return F.linear(F.linear(x, branch.A), branch.B * branch.scale)
+
+    def factors(self, task: str | None = None) -> Factors | None:  # noqa: ARG002
+        """Those of the shared branch if there are no task branches."""
+        if self.shared is None or len(self.tasks):
+            return None
+        return Factors(self.shared.A, self.shared.B, float(self.shared.scale))
 
     def linear_weight(self) -> Tensor | None:
         """``W + s B A`` if the layer has no bias, no task branches and no active dropout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +135,16 @@ def _resize_bias_tables(net: nn.Module, state: dict[str, Tensor]) -> None:
             state[key] = resize_rel_pos_bias_table_simple(state[key], module.window_size, own)
 
 
-@torch.no_grad()
 def digest(module: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of a module's parameters."""
+    return digest_of(dict(module.named_parameters()))
+
+
+@torch.no_grad()
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
     hasher = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
