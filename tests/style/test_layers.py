@@ -25,6 +25,8 @@ LAYERS = [
         "predict",
         "convert",
         "comparison",
+        "deltam",
+        "logs",
         "report",
         "tables",
         "charts",
