@@ -70,6 +70,8 @@ class PhaseRun:
             self._restore(saved)
             checkpoint.load_optimizer_state(self.optimizer, saved.state["optimizer"])
         self._loop()
+        for action in self.phase.actions:
+            action.leave(self.model)
         self.position.phase, self.position.epoch, self.position.step = self.index + 1, 0, 0
         self.trainer.save("last", self.optimizer)
 
@@ -146,6 +148,8 @@ class PhaseRun:
         done = place.epoch * self.steps_per_epoch + place.step
         if self.scheduler is not None:
             self.scheduler.step_update(max(done - 1, 0))  # the official loops set the rate after update k
+        for action in self.phase.actions:
+            action.before_step(self.model, done, self.steps, self.seed)
         seed_all(self.recipe.seed, place.global_step, parallel.rank())
         batch = to_device(batch, self.trainer.device)
         where = f"phase {self.phase.name!r}, step {place.global_step + 1}"
