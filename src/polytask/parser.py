@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
     _comparing_verbs(verbs)
     listing = _verb(verbs, "list", "what there is", "polytask list tasks")
-    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions recipes"
+    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions meta recipes"
     listing.add_argument("what", choices=kinds.split())
     listing.add_argument("pattern", nargs="?", default="*", help="for backbones, e.g. '*swin*'")
     show = _verb(verbs, "show", "the fully resolved recipe", "polytask show rooms/mtlora")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polytask.adapters.base import Branch
 from polytask.config import Location, Slot, Spec, register
 from polytask.errors import CheckpointError, ConfigError, did_you_mean
+from polytask.meta import Meta
 from polytask.optim import OptimSpec
 from polytask.parallel import put
 from polytask.seeding import derive
@@ -233,10 +234,13 @@ class PhaseSpec(Spec):
     objective: Objective = Objective()
     actions: tuple[Annotated[Action, Slot("action")], ...] = ()
     optim: OptimSpec | None = Field(default=None, description="what differs from the recipe's")
+    meta: Annotated[Meta, Slot("meta")] | None = Field(default=None, description="meta-learning, if any")
 
     @model_validator(mode="after")
     def _length(self) -> PhaseSpec:
         if (self.epochs is None) == (self.steps is None):
             has = "has neither" if self.epochs is None else "has both"
             raise ValueError(f"phase {self.name!r} needs either `epochs` or `steps`, and {has}")
+        if self.meta is not None and self.objective.penalties:
+            raise ValueError(f"phase {self.name!r} has `meta`, whose steps know no penalties")
         return self

@@ -16,7 +16,7 @@ LAYERS = [
     {"metrics", "losses", "tasks", "data", "backbones"},
     {"adapters", "necks", "heads"},
     {"model"},
-    {"balancers", "optim", "phases"},
+    {"balancers", "optim", "phases", "meta"},
     {"recipe"},
     {
         "engine",

@@ -222,7 +222,8 @@ class TaskLinear(LinearMap, Mergeable):
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
         active = [task for task in self.streams.active if task in self.tasks]
-        if (self.mode == "addition" and active) or any(p.requires_grad for p in self.base.parameters()):
+        plain = self.streams.plain or (self.mode == "addition" and active)
+        if plain or any(p.requires_grad for p in self.base.parameters()):
             return self._composed(x, active)
         return self._fused(x, active)
 
