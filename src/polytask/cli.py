@@ -191,6 +191,19 @@ def _convert(args: argparse.Namespace) -> int:
     return _done(args, {kind: str(output), "notes": list(draft.notes)})
 
 
+def _delta_m(args: argparse.Namespace) -> int:
+    from polytask.deltam import history, write_csv
+    from polytask.tables import print_history
+
+    tasks = [name for text in args.tasks for name in text.split(",") if name]
+    found = history([*args.logs, *args.log_file], given=args.baseline, file=args.baselines,
+                    paper=args.paper, tasks=tasks)  # fmt: skip
+    if args.csv:
+        write_csv(found, args.csv)
+    print_history(found)
+    return _done(args, found.as_dict())
+
+
 def _list(args: argparse.Namespace) -> int:
     from polytask.catalog import catalog
     from polytask.tables import table
@@ -302,7 +315,7 @@ def _studied(args: argparse.Namespace, output: Path, study: Study) -> int:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train, "eval": _eval, "predict": _predict, "profile": _profile, "compare": _compare,
-    "convert": _convert, "study": _study, "demo": _demo, "list": _list, "show": _show,
+    "convert": _convert, "delta-m": _delta_m, "study": _study, "demo": _demo, "list": _list, "show": _show,
     "data verify": _data_verify, "data preview": _data_preview, "data prepare": _data_prepare,
     "data export": _data_export, "data pack": _data_pack,
 }  # fmt: skip

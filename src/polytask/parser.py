@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     _comparing_verbs(verbs)
     _convert_verb(verbs)
     listing = _verb(verbs, "list", "what there is", "polytask list tasks")
-    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions recipes"
+    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions meta recipes"
     listing.add_argument("what", choices=kinds.split())
     listing.add_argument("pattern", nargs="?", default="*", help="for backbones, e.g. '*swin*'")
     show = _verb(verbs, "show", "the fully resolved recipe", "polytask show rooms/mtlora")
@@ -103,8 +103,26 @@ def _comparing_verbs(verbs: Any) -> None:
     study.add_argument("--output", type=Path, help="default: runs/<name of the folder>")
     study.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets",
                        help="a change of every recipe")  # fmt: skip
+    _delta_m_verb(verbs)
     demo = _verb(verbs, "demo", "train and compare on the embedded rooms", "polytask demo")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+
+
+def _delta_m_verb(verbs: Any) -> None:
+    """With the spellings of the script that comes with a fork of the official code."""
+    gains = _verb(verbs, "delta-m", "gain over single-task models at every evaluation of training logs",
+                  "polytask delta-m train.log --baseline semseg=67.21 normals=17.97")  # fmt: skip
+    gains.add_argument("logs", type=Path, nargs="*", metavar="LOG", help="run folder, or printed log")
+    gains.add_argument("--log-file", type=Path, action="append", default=[], help="same as LOG")
+    gains.add_argument("--baseline", nargs="+", action="extend", default=[], metavar="TASK=SCORE",
+                       help="scores of the single-task models")  # fmt: skip
+    for name in ("semseg", "human", "saliency", "normals", "depth", "edge"):
+        gains.add_argument(f"--{name}-st", type=f"{name}={{}}".format, dest="baseline", action="append",
+                           metavar="SCORE", help=f"same as --baseline {name}=SCORE")  # fmt: skip
+    gains.add_argument("--baselines", "--st-json", type=Path, metavar="FILE", help="the same as JSON")
+    gains.add_argument("--paper", "--use-paper-st", action="store_true", help="baselines of the paper")
+    gains.add_argument("--tasks", nargs="+", default=[], help="default: those with a baseline")
+    gains.add_argument("--csv", "--csv-out", type=Path, metavar="FILE", help="also write the history here")
 
 
 def _data_verbs(verbs: Any) -> None:

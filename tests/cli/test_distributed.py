@@ -100,6 +100,20 @@ def test_decoders_with_trained_scales(
 
 
 @pytest.mark.parametrize(
+    "meta",
+    [
+        "{type: metasgd, inner: all, lr: 0.05, steps: 2}",
+        pytest.param("{type: fomaml, lr: 0.05}", marks=pytest.mark.slow),
+        pytest.param("{type: reptile, inner: all, lr: 0.01}", marks=pytest.mark.slow),
+    ],
+)
+def test_meta(forks: Forks, recipe_file: Write, tmp_path: Path, meta: str) -> None:
+    actions = "phases.0.actions=[{type: coto, p0: 0.5}]"
+    one, two = train_both(forks, recipe_file(*SAME, f"phases.0.meta={meta}", actions), tmp_path)
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize(
     "balancer",
     [
         "upgrad",

@@ -16,7 +16,7 @@ LAYERS = [
     {"metrics", "losses", "tasks", "data", "backbones"},
     {"adapters", "necks", "heads"},
     {"model"},
-    {"balancers", "optim", "phases"},
+    {"balancers", "optim", "phases", "meta"},
     {"recipe"},
     {
         "engine",
@@ -25,6 +25,8 @@ LAYERS = [
         "predict",
         "convert",
         "comparison",
+        "deltam",
+        "logs",
         "report",
         "tables",
         "charts",

@@ -48,6 +48,16 @@ class Adapter(Spec):
         """Whether a parameter of the original network, by its timm name, keeps training."""
 
 
+class Branch(nn.Module):
+    """What an adapter adds to one layer; a shared one (of no task) may sit out a training step.
+
+    Attributes:
+        on: whether it takes part in training steps; in eval mode every branch does.
+    """
+
+    on: bool = True
+
+
 class Mergeable(nn.Module):
     """A wrapper that can fold itself into a cheaper module with the same outputs in eval mode."""
 

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.adapters.base import Adapter, Mergeable
+from polytask.adapters.base import Adapter, Branch, Mergeable
 from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
 from polytask.backbones.streams import Factors, LinearMap, StreamPlan, Streams
 from polytask.backbones.timm import Backbone, is_narrow
@@ -202,7 +202,7 @@ class Branches:
     train_scales: bool = False
 
 
-class LowRank(nn.Module):
+class LowRank(Branch):
     """One branch, ``s B A`` with A ``[rank, in]``, B ``[out, rank]``, s ``[1]`` or fixed; zero at first."""
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, *, train_scale: bool) -> None:
@@ -244,10 +244,15 @@ class TaskLinear(LinearMap, Mergeable):
         self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
         self.dropout = branches.dropout
 
+    def _shared_now(self) -> LowRank | None:
+        """The shared branch, unless it sits out this training step."""
+        return self.shared if self.shared is not None and (self.shared.on or not self.training) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
         active = [task for task in self.streams.active if task in self.tasks]
-        if (self.mode == "addition" and active) or any(p.requires_grad for p in self.base.parameters()):
+        plain = self.streams.plain or (self.mode == "addition" and active)
+        if plain or any(p.requires_grad for p in self.base.parameters()):
             return self._composed(x, active)
         return self._fused(x, active)
 
@@ -255,7 +260,8 @@ class TaskLinear(LinearMap, Mergeable):
         """Matrix modes on a frozen base, as one operation (see ``lowrank``)."""
         streams = 1 + len(active)
         narrow = self.narrow or not active
-        skip = self.shared is None or (
+        branch = self._shared_now()
+        skip = branch is None or (
             bool(active) and self.is_last and self.streams.skip_final_shared and self.mode == "matrix"
         )
         if skip and not active:
@@ -264,7 +270,7 @@ class TaskLinear(LinearMap, Mergeable):
         mask, gain = None, 1.0
         if self.training and self.dropout and not (skip and not narrow):
             mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
-        shared = None if skip else (self.shared.A * gain, self.shared.B * self.shared.scale)  # type: ignore[union-attr]
+        shared = None if skip or branch is None else (branch.A * gain, branch.B * branch.scale)
         tasks = self._stack(active, gain if narrow else 1.0) if active else None
         layout = Layout(streams, narrow, self.mode == "matrixv2")
         y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
@@ -275,7 +281,8 @@ class TaskLinear(LinearMap, Mergeable):
         shared_in, *task_ins = (x,) if self.narrow or not active else x.chunk(1 + len(active))
         dropped, base = self._drop(shared_in), self.base(shared_in)
         inputs = task_ins or [dropped] * len(active)
-        with_shared = base if self.shared is None else base + self._low_rank(dropped, self.shared)
+        branch = self._shared_now()
+        with_shared = base if branch is None else base + self._low_rank(dropped, branch)
         below = with_shared if self.mode == "matrixv2" else base
         outputs = [
             below + self._low_rank(own, self.tasks[task])  # type: ignore[arg-type]
@@ -311,7 +318,7 @@ class TaskLinear(LinearMap, Mergeable):
         dropping = self.training and self.dropout > 0
         if "bias" in dict(self.base.named_parameters()) or len(self.tasks) or dropping:
             return None
-        return self.base.weight if self.shared is None else self._merged_weight()
+        return self.base.weight if self._shared_now() is None else self._merged_weight()
 
     def _merged_weight(self) -> Tensor:
         assert self.shared is not None

@@ -55,6 +55,7 @@ class Streams:
         merged: per stage the shared features after the stage's downsampling.
         task: whose pass runs, if each task has one.
         once: what the first pass left for the others.
+        plain: layers must be differentiable twice, which fused operations are not.
     """
 
     active: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Streams:
     merged: dict[int, Level] = field(default_factory=dict)
     task: str = ""
     once: dict[Once, Any] = field(default_factory=dict)
+    plain: bool = False
 
     def begin(self, active: tuple[str, ...], *, skip_final_shared: bool) -> None:
         """Forget the last pass and name the streams of the next one."""
