@@ -73,10 +73,9 @@ class _BranchedLinear(torch.autograd.Function):
         dropped = first if drop is None else torch.where(drop, 0.0, first)
         y = x.new_empty(streams, rows, weight.shape[0])
         base = y[0]
-        if bias is None:
-            torch.mm(first, weight.t(), out=base)
-        else:
-            torch.addmm(bias, first, weight.t(), out=base)
+        torch.mm(first, weight.t(), out=base)
+        if bias is not None:  # apart: `addmm` first fills its output with the bias, which costs more
+            base += bias
         shared_low = None if shared_a is None else dropped @ shared_a.t()
         if layout.shared_in_tasks and shared_low is not None and shared_b is not None:
             base.addmm_(shared_low, shared_b.t())
@@ -121,24 +120,23 @@ class _BranchedLinear(torch.autograd.Function):
             grad_a = (flat.t() @ dropped).view_as(task_a)
             into_shared.append((flat, task_a.flatten(0, 1)))
         grad_x = torch.empty_like(x)
-        torch.mm(base, weight, out=grad_x[:rows])
-        _add_branches(grad_x[:rows], into_shared, drop)
+        _write_branches(grad_x[:rows], into_shared, drop)
+        grad_x[:rows].addmm_(base, weight, beta=1 if into_shared else 0)  # 0 also where it holds no number
         if lows is not None and not narrow:
             grad_a = torch.bmm(lows.transpose(1, 2), x.view(streams, rows, -1)[1:])
             torch.bmm(lows, task_a, out=grad_x.view(streams, rows, -1)[1:])
         return grad_x, None, None, grad_shared_a, grad_shared_b, grad_a, grad_b, None, None
 
 
-def _add_branches(grad_x: Tensor, branches: list[tuple[Tensor, Tensor]], drop: Tensor | None) -> None:
-    """Add what flows back through branches that read the (dropped) shared stream."""
+def _write_branches(grad_x: Tensor, branches: list[tuple[Tensor, Tensor]], drop: Tensor | None) -> None:
+    """Write what flows back through branches that read the (dropped) shared stream."""
     if not branches:
         return
     left = torch.cat([low for low, _ in branches], 1) if len(branches) > 1 else branches[0][0]
     right = torch.cat([a for _, a in branches]) if len(branches) > 1 else branches[0][1]
-    if drop is None:
-        grad_x.addmm_(left, right)
-    else:
-        grad_x += torch.where(drop, 0.0, left @ right)
+    torch.mm(left, right, out=grad_x)
+    if drop is not None:
+        grad_x.masked_fill_(drop, 0.0)
 
 
 def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
