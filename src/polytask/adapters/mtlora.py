@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.adapters.base import Adapter, Mergeable
-from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
+from polytask.adapters.lowrank import Layout, branched_linear, draw_dropped
 from polytask.backbones.streams import LinearMap, StreamPlan, Streams
 from polytask.backbones.timm import Backbone, is_narrow
 from polytask.config import register
@@ -232,15 +232,16 @@ class TaskLinear(LinearMap, Mergeable):
         if skip and not active:
             return self.base(x)  # type: ignore[no-any-return]
         flat = x.reshape(-1, x.shape[-1])
-        mask, gain = None, 1.0
+        drop, gain = None, 1.0
         if self.training and self.dropout and not (skip and not narrow):
-            mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
+            drop = draw_dropped(flat if narrow else flat[: len(flat) // streams], self.dropout)
+            gain = 1 / (1 - self.dropout)
         shared = None if skip else (self.shared.A * gain, self.shared.B * self.scale)  # type: ignore[union-attr]
         tasks = (
             (self._stack(active, "A", gain if narrow else 1.0), self._stack(active, "B")) if active else None
         )
         layout = Layout(streams, narrow, self.mode == "matrixv2")
-        y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
+        y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, drop, layout)
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     def _composed(self, x: Tensor, active: list[str]) -> Tensor:
@@ -268,11 +269,8 @@ class TaskLinear(LinearMap, Mergeable):
         for task in active:
             matrix: Tensor = getattr(self.tasks[task], factor)
             spare = width - len(self.tasks[task].A)  # type: ignore[arg-type]
-            if factor == "B":
-                matrix = F.pad(matrix * self.scales[task], (0, spare))
-            else:
-                matrix = F.pad(matrix * gain, (0, 0, 0, spare))
-            matrices.append(matrix)
+            matrix = matrix * (self.scales[task] if factor == "B" else gain)
+            matrices.append(F.pad(matrix, (0, spare) if factor == "B" else (0, 0, 0, spare)) if spare else matrix)
         return torch.stack(matrices)
 
     @staticmethod

@@ -10,12 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention, window_partition
 from torch import Tensor, nn
 
 
 def quicken(net: nn.Module) -> None:
     """Put the faster forms into the Swin blocks of a network; others stay as they are."""
+    for module in net.modules():
+        if isinstance(module, PatchMerging):
+            module.forward = Merging(module)  # keeps all names
     for block in net.modules():
         if not isinstance(block, SwinTransformerBlock) or block.dynamic_mask:
             continue
@@ -53,6 +56,21 @@ class Windowed:
         windows = reorder(x.reshape(-1, h * w, c), order, inverse)
         y = block.attn(windows.view(-1, block.window_area, c), mask=block.attn_mask)
         return reorder(y.view(-1, h * w, c), inverse, order).view(-1, h, w, c)
+
+
+class Merging:
+    """``forward`` of patch merging, without timm's padding (a copy) where there is nothing to pad."""
+
+    def __init__(self, module: PatchMerging) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[B, H, W, C]`` -> ``[B, H / 2, W / 2, C_out]``."""
+        b, h, w, c = x.shape
+        if h % 2 or w % 2:
+            return PatchMerging.forward(self.module, x)  # type: ignore[no-any-return]
+        phases = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.module.reduction(self.module.norm(phases))  # type: ignore[no-any-return]
 
 
 def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
