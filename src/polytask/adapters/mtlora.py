@@ -270,7 +270,9 @@ class TaskLinear(LinearMap, Mergeable):
             matrix: Tensor = getattr(self.tasks[task], factor)
             spare = width - len(self.tasks[task].A)  # type: ignore[arg-type]
             matrix = matrix * (self.scales[task] if factor == "B" else gain)
-            matrices.append(F.pad(matrix, (0, spare) if factor == "B" else (0, 0, 0, spare)) if spare else matrix)
+            matrices.append(
+                F.pad(matrix, (0, spare) if factor == "B" else (0, 0, 0, spare)) if spare else matrix
+            )
         return torch.stack(matrices)
 
     @staticmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention, window_partition
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def quicken(net: nn.Module) -> None:
         order = window_partition(places, block.window_size).flatten()
         block.register_buffer("window_order", order, persistent=False)
         block.register_buffer("window_inverse", order.argsort(), persistent=False)
-        block._attn = Windowed(block)
+        block.forward = Windowed(block)
 
 
 def fuse_attention(net: nn.Module) -> None:
@@ -42,20 +43,29 @@ def fuse_attention(net: nn.Module) -> None:
 
 
 class Windowed:
-    """``_attn`` of a Swin block: shift, cut into windows, attend, put back."""
+    """``forward`` of a Swin block: one gather shifts and cuts windows; residuals need no product apart."""
 
     def __init__(self, block: SwinTransformerBlock) -> None:
         self.block = block
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C]`` -> the same, or ``[S * B, H, W, C]`` if the projection widens to S streams."""
+        """``[S * B, H, W, C]`` -> the same; ``norm1`` may narrow it to B, then the projection widens it."""
         block, (_, h, w, c) = self.block, x.shape
         if (h, w) != tuple(block.input_resolution):
-            return SwinTransformerBlock._attn(block, x)  # type: ignore[no-any-return]
+            return SwinTransformerBlock.forward(block, x)  # type: ignore[no-any-return]
         order, inverse = block.window_order, block.window_inverse
-        windows = reorder(x.reshape(-1, h * w, c), order, inverse)
+        windows = reorder(block.norm1(x).reshape(-1, h * w, c), order, inverse)
         y = block.attn(windows.view(-1, block.window_area, c), mask=block.attn_mask)
-        return reorder(y.view(-1, h * w, c), inverse, order).view(-1, h, w, c)
+        x = residual(x.reshape(-1, h * w, c), reorder(y.view(-1, h * w, c), inverse, order), block.drop_path1)
+        return residual(x, block.mlp(block.norm2(x)), block.drop_path2).view(-1, h, w, c)
+
+
+def residual(x: Tensor, y: Tensor, drop: nn.Module) -> Tensor:
+    """``x + drop(y)``, where stochastic depth needs no tensor of its own; ``[B, L, C]``."""
+    if not isinstance(drop, DropPath) or not drop.training or not drop.scale_by_keep:
+        return x + drop(y)  # type: ignore[no-any-return]
+    keep = 1 - drop.drop_prob
+    return torch.addcmul(x, y, y.new_empty(len(y), 1, 1).bernoulli_(keep).div_(keep))
 
 
 class Merging:
