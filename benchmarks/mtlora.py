@@ -310,7 +310,7 @@ def main() -> None:
     args = parse(__doc__.splitlines()[0])
     torch.set_num_threads(1)
     keep_freed_memory()  # as `polytask train` does; for all sides
-    size, rounds = (224, 3) if args.quick else (448, 15)
+    size, rounds = (224, 3) if args.quick else (448, 5)
     model, batch, names = build(size), make_batch(size, 2), list(TASKS)
     twin, one = plain_twin(model), batch["image"][:1]
     logits, gradients = check_equal(model, twin, batch)
