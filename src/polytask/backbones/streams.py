@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -174,7 +174,7 @@ class Fork(nn.Module):
         self.stage, self.carry, self.recompute = stage, carry, recompute
         mlp = getattr(block, "mlp", None)
         if recompute and type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity):  # treats every token alone
-            mlp.forward = InPieces(mlp, streams)
+            mlp.forward = InPieces(mlp, streams)  # type: ignore[method-assign]  # keeps all names
 
     def forward(self, x: Tensor, *extra: Any, **options: Any) -> Tensor:
         """Tokens of the shared stream ``[B, ...]`` -> the same, or ``[S * B, ...]`` with ``carry``.
@@ -222,7 +222,7 @@ class InPieces:
         if not torch.is_grad_enabled():
             return type(self.mlp).forward(self.mlp, x)  # type: ignore[no-any-return]
         now = (self.streams.active, self.streams.skip_final_shared)
-        pieces = x.split(-(-x.shape[1] // 8), 1)
+        pieces = x.chunk(8, 1)
         return torch.cat([checkpoint(self._run, now, piece, use_reentrant=False) for piece in pieces], 1)
 
     def _run(self, now: tuple[tuple[str, ...], bool], x: Tensor) -> Tensor:

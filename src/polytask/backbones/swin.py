@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention, window_partition
 from torch import Tensor, nn
 
@@ -19,40 +19,40 @@ def quicken(net: nn.Module) -> None:
     """Put the faster forms into the Swin blocks of a network; others stay as they are."""
     for module in net.modules():
         if isinstance(module, PatchMerging):
-            module.forward = Merging(module)  # keeps all names
+            module.forward = Merging(module)  # type: ignore[method-assign]  # keeps all names
     for block in net.modules():
         if not isinstance(block, SwinTransformerBlock) or block.dynamic_mask:
             continue
         if isinstance(block.attn_mask, Tensor):
             block.attn_mask.masked_fill_(block.attn_mask < 0, -torch.inf)
-        h, w = block.input_resolution
+        (h, w), (down, right) = block.input_resolution, block.shift_size  # type: ignore[misc]
         if h % block.window_size[0] or w % block.window_size[1]:
             continue  # timm pads, and its order of tokens is no permutation
-        places = torch.arange(h * w).view(1, h, w, 1).roll([-s for s in block.shift_size], (1, 2))
+        places = torch.arange(h * w).view(1, h, w, 1).roll((-down, -right), (1, 2))
         order = window_partition(places, block.window_size).flatten()
         block.register_buffer("window_order", order, persistent=False)
         block.register_buffer("window_inverse", order.argsort(), persistent=False)
-        block.forward = Windowed(block)
+        block.forward = Windowed(block)  # type: ignore[method-assign]
 
 
 def fuse_attention(net: nn.Module) -> None:
     """Let window attention run as one operation. In training that is slower, as its bias has a gradient."""
     for module in net.modules():
         if isinstance(module, WindowAttention):
-            module.fused_attn = True  # type: ignore[misc]
+            module.fused_attn = True
 
 
 class Windowed:
     """``forward`` of a Swin block: one gather shifts and cuts windows; residuals need no product apart."""
 
     def __init__(self, block: SwinTransformerBlock) -> None:
-        self.block = block
+        self.block: Any = block
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[S * B, H, W, C]`` -> the same; ``norm1`` may narrow it to B, then the projection widens it."""
         block, (_, h, w, c) = self.block, x.shape
         if (h, w) != tuple(block.input_resolution):
-            return SwinTransformerBlock.forward(block, x)  # type: ignore[no-any-return]
+            return SwinTransformerBlock.forward(block, x)
         order, inverse = block.window_order, block.window_inverse
         windows = reorder(block.norm1(x).reshape(-1, h * w, c), order, inverse)
         y = block.attn(windows.view(-1, block.window_area, c), mask=block.attn_mask)
@@ -78,7 +78,7 @@ class Merging:
         """``[B, H, W, C]`` -> ``[B, H / 2, W / 2, C_out]``."""
         b, h, w, c = x.shape
         if h % 2 or w % 2:
-            return PatchMerging.forward(self.module, x)  # type: ignore[no-any-return]
+            return PatchMerging.forward(self.module, x)
         phases = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.module.reduction(self.module.norm(phases))  # type: ignore[no-any-return]
 
