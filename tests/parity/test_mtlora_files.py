@@ -484,6 +484,14 @@ def test_settings_that_have_no_counterpart(changes: dict[str, Any], message: str
     assert [file.name for file in tmp_path.iterdir()] == ["official.yaml"]
 
 
+def test_other_files_are_no_settings(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("data: rooms\nmodel: {adapter: mtlora}\n")
+    what = r"own\.yaml: these are no settings of the official.*expected a key MODEL.*got 'data, model'"
+    with pytest.raises(ConfigError, match=what):
+        convert_settings("mtlora", tmp_path / "own.yaml", tmp_path / "recipe.yaml")
+    assert [file.name for file in tmp_path.iterdir()] == ["own.yaml"]
+
+
 def test_keys_of_forks_are_told(tmp_path: Path) -> None:
     with pytest.warns(
         PolytaskWarning, match="without a counterpart are passed over: MAML_MODE, METASGD_INIT"
@@ -537,7 +545,7 @@ def test_another_task_set(official: Any, tmp_path: Path) -> None:
     recipe = Run(tmp_path / "run").recipe
     three = recipe.model_copy(update={"tasks": {k: v for k, v in recipe.tasks.items() if k != "normals"}})
     with pytest.raises(
-        TaskMismatchError, match="expected human_parts, sal, semseg, got 'human_parts, normals"
+        TaskMismatchError, match=r"matrix\.pth: .*expected human_parts, sal, semseg, got 'human_parts, nor"
     ):
         load_official("mtlora", tmp_path / "matrix.pth", three)
 
