@@ -599,6 +599,9 @@ def test_bad_files(official: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     torch.save({"model": {"w": torch.ones(1)}, "config": Malice(tmp_path / "ran")}, tmp_path / "bad.pth")
     torch.save({"model": {"layers.0.weight": torch.ones(1)}}, tmp_path / "foreign.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    content = read_checkpoint(good)
+    content["model"]["backbone.patch_embed.proj.weight"][0, 0, 0, 0] = torch.nan
+    torch.save({"model": content["model"]}, tmp_path / "nan.pth")
     (tmp_path / "exists").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for words, code, message in [
@@ -607,7 +610,8 @@ def test_bad_files(official: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         ((tmp_path / "foreign.pth",), 4, "this is no MTLoRA checkpoint"),
         ((tmp_path / "empty.pth",), 4, "holds no tensors by name"),
         ((tmp_path / "none.pth",), 4, "no such file"),
-        ((tmp_path / "exists",), 4, "no such file"),
+        ((tmp_path / "exists",), 4, "a folder, not a file"),
+        ((tmp_path / "nan.pth",), 4, "1 tensors hold values that are not finite, first "),
         ((tmp_path / "none.yaml",), 2, "settings cannot be read"),
         ((good, "--config", tmp_path / "none.yaml"), 2, "settings cannot be read"),
         ((good, "--set", "model.adapter.rank=16"), 4, r"lora_shared_A has shape (4, 8), expected (16, 8)"),

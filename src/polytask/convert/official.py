@@ -85,6 +85,9 @@ def _filled(known: System, recipe: Recipe, state: State, file: Path) -> MultiTas
         raise CheckpointError(error.what, where=str(file), hint=error.hint) from None
     except TaskMismatchError as error:
         raise TaskMismatchError(error.what, where=str(file), got=error.got, expected=error.expected) from None
+    if wrong := [name for name, value in converted.items() if not value.isfinite().all()]:
+        what = f"{len(wrong)} tensors hold values that are not finite, first {wrong[0]}"
+        raise CheckpointError(what, where=str(file))
     model.load_state_dict(converted, strict=True)
     return model
 
