@@ -191,12 +191,17 @@ def trade_off(marks: Sequence[Mark], title: str, x_label: str, width: int = 560,
     best = front([(mark.x, mark.y) for mark in marks])
     path = " ".join("{:.1f},{:.1f}".format(*axes.place(marks[i].x, marks[i].y)) for i in best)
     parts = [*axes.parts(title, x_label), f'<polyline points="{path}" class="front"/>']
-    for i, mark in enumerate(marks):
-        parts += _point(axes, mark, filled=i in best, named=i in best or len(marks) <= 12)
+    taken: list[tuple[float, float, float]] = []
+    for i, mark in sorted(enumerate(marks), key=lambda item: -item[1].y):
+        named = i in best or len(marks) <= 12
+        parts += _point(axes, mark, filled=i in best, taken=taken if named else None)
     return "".join([*parts, "</svg>"])
 
 
-def _point(axes: _Axes, mark: Mark, *, filled: bool, named: bool) -> list[str]:
+def _point(
+    axes: _Axes, mark: Mark, *, filled: bool, taken: list[tuple[float, float, float]] | None
+) -> list[str]:
+    """A dot, and its name unless ``taken`` (left, right and base line of the names above it) is None."""
     spread = mark.spread or 0.0
     (x, y), (_, low), (_, high) = (axes.place(mark.x, mark.y + side * spread) for side in (0, -1, 1))
     fill = mark.color if filled else "#ffffff"
@@ -204,10 +209,15 @@ def _point(axes: _Axes, mark: Mark, *, filled: bool, named: bool) -> list[str]:
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{mark.color}" stroke-width="1.5">'
         f"<title>{escape(mark.name)}</title></circle>",
     ]
-    if named:
+    if taken is not None:
         bar = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{mark.color}"/>'
         left = x > 0.7 * axes.right  # above or below, where the front, which ascends, does not run
-        name = _text(x - 7, y - 6, mark.name, "end") if left else _text(x + 7, y + 13, mark.name)
+        start, line = (x - 7 - _LETTER * len(mark.name), y - 6) if left else (x + 7, y + 13)
+        end = start + _LETTER * len(mark.name)
+        while any(a < end and start < b and abs(line - base) < 11 for a, b, base in taken):
+            line += 2
+        taken.append((start, end, line))
+        name = _text(x - 7, line, mark.name, "end") if left else _text(start, line, mark.name)
         parts = [bar, *parts, name]
     return parts
 
