@@ -64,7 +64,7 @@ class PlainBranch(nn.Module):
         self.base, self.shared, self.scale, self.dropout = (
             layer.base,
             layer.shared,
-            layer.scale,
+            layer.shared.scale,
             nn.Dropout(layer.dropout),
         )
 
@@ -110,11 +110,11 @@ def plain_merge(downsample: nn.Module, x: Tensor) -> Tensor:
 def plain_layer(layer: TaskLinear, x: Tensor, inputs: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
     """Base once, then every branch on its own (matrix mode)."""
     base, dropped = layer.base(x), F.dropout(x, layer.dropout, layer.training)
-    shared = base + layer.scale * F.linear(F.linear(dropped, layer.shared.A), layer.shared.B)
+    shared = base + layer.shared.scale * F.linear(F.linear(dropped, layer.shared.A), layer.shared.B)
     outputs = []
     for number, task in enumerate(TASKS):
         own, branch = dropped if inputs is None else inputs[number], layer.tasks[task]
-        outputs.append(base + layer.scales[task] * F.linear(F.linear(own, branch.A), branch.B))
+        outputs.append(base + branch.scale * F.linear(F.linear(own, branch.A), branch.B))
     return shared, outputs
 
 

@@ -80,7 +80,7 @@ class ModelSpec(Spec):
             )  # fmt: skip
         neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks))
         built = PerTask(
-            {name: head.build(neck.channels_of(name), tasks[name].channels) for name, head in heads.items()}
+            {name: head.build_on(neck.levels_of(name), tasks[name].channels) for name, head in heads.items()}
         )
         return MultiTaskModel(backbone, neck, built)
 
@@ -145,11 +145,11 @@ def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def fold_batch_norms(head: nn.Module) -> None:
-    """Fold each batch norm of a sequential eval-mode head into the convolution before it."""
-    if not isinstance(head, nn.Sequential):
-        return
-    for index in range(len(head) - 1):
-        convolution, norm = head[index], head[index + 1]
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            head[index] = nn.utils.fuse_conv_bn_eval(convolution, norm)
-            head[index + 1] = nn.Identity()
+    """Fold each batch norm of an eval-mode head into the convolution before it in the same chain."""
+    for chain in [module for module in head.modules() if isinstance(module, nn.Sequential)]:
+        for index in range(len(chain) - 1):
+            convolution, norm = chain[index], chain[index + 1]
+            transposed = isinstance(convolution, nn.ConvTranspose2d)
+            if isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
+                chain[index] = nn.utils.fuse_conv_bn_eval(convolution, norm, transpose=transposed)
+                chain[index + 1] = nn.Identity()

@@ -44,6 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "type": "mtlora", "rank": 0, "task_rank": {"semseg": 1, "normals": [2], "depth": [0, 1, 2, 3]},
         "task_scale": {"semseg": 1.0, "normals": [2.0], "depth": 0.5}, "layers": ["fc1", "fc2"],
     },
+    "mtlora_scales": {
+        "type": "mtlora", "rank": 2, "task_rank": {"semseg": 1, "normals": 2, "depth": 3},
+        "train_scale": True, "train_task_scale": True, "layers": [*ROLES.values(), "reduction"],
+    },
     "recon": {"type": "recon", "layers": ["*s.2.*mlp.fc1", "*s.3.*norm2"]},
 }  # fmt: skip
 NAMES = tuple(TASKS)
@@ -67,7 +71,7 @@ def make(variant: str, backbone: str, *, branches: float = 0.1, **changes: Any) 
     model = build(model_spec(BACKBONES[backbone], adapter={**VARIANTS[variant], **changes}))
     if branches:
         shake(model.backbone, branches, lambda name: name.endswith((".B", ".weight")) and ".tasks." in name)
-        shake(model.backbone, branches, lambda name: name.endswith(".shared.B"))
+        shake(model.backbone, branches, lambda name: name.endswith((".shared.B", "scale")))
     return model.eval()
 
 
@@ -252,6 +256,14 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"layers": []}, r"model\.adapter\.layers"),
     ({"layers": ["fc3"]}, r"adapter\.layers\.0: .*got 'fc3'; did you mean 'fc"),
     ({"dropout": 1.0}, r"adapter\.dropout: .*less than 1"),
+    (
+        {"mode": "lora_only", "train_task_scale": True},
+        r"model\.adapter\.train_task_scale: there is no branch whose scale could train",
+    ),
+    ({"rank": 0, "train_scale": True}, r"model\.adapter\.train_scale: there is no branch whose scale"),
+    ({"train": "everything"}, r"adapter\.train: .*'all'"),
+    ({"train_biases": "lora_only"}, r"adapter\.train_biases: .*'adapted'"),
+    ({"intermediate_specialization": True}, r"adapter\.intermediate_specialization: unknown key"),
     ({"rnak": 2}, r"adapter\.rnak: unknown key; did you mean 'rank'\?"),
 ]
 
@@ -266,6 +278,12 @@ def test_misfits_are_one_clear_error(settings: dict[str, Any], message: str) -> 
 def test_layers_that_match_nothing() -> None:
     with pytest.raises(ConfigError, match="the backbone has no 'reduction'"):
         build(model_spec(VIT, adapter={"type": "mtlora", "layers": ["reduction"]}))
+
+
+def test_defaults_that_a_backbone_lacks_pass_also_when_written_out() -> None:
+    """As in the recipe of a run folder; a ViT has no position tables."""
+    spec = model_spec(VIT, adapter={"type": "mtlora"})
+    build(decode(type(spec), encode(spec)))
 
 
 def test_all_ranks_zero() -> None:

@@ -24,6 +24,11 @@ RECIPES = {
 SMALL_SWIN = {
     "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "window_size": 4,
 }  # fmt: skip
+SMALL = {
+    "swin": SMALL_SWIN,
+    "vit": {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2},
+    "hiera": {"embed_dim": 16, "stages": [1, 1, 1, 1]},
+}
 
 
 @pytest.fixture(params=RECIPES)
@@ -59,8 +64,9 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     data["data"] |= changes
     backbone = data["model"]["backbone"]
     backbone |= {"pretrained": False, "weights": None}
-    if "swin" in backbone["name"]:
-        backbone["options"] = backbone["options"] | SMALL_SWIN
+    for family, options in SMALL.items():
+        if family in backbone["name"]:
+            backbone["options"] = backbone["options"] | options
     if backbone["name"] in ("unet", "segnet"):
         backbone["options"] = {"width": 4}
     adapter = data["model"]["adapter"]

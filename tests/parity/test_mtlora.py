@@ -242,7 +242,7 @@ def test_layer_without_tasks(merged: bool) -> None:
     torch.testing.assert_close(y, LAYER["notasks.shared"], **TOLERANCE)
 
 
-# --- counts of the published configurations --------------------------------------------------------
+# --- counts (those of all recipes are in test_mtlora_counts.py) ------------------------------------
 
 
 def counts(model: MultiTaskModel) -> tuple[int, int, int, int, int]:
@@ -253,54 +253,6 @@ def counts(model: MultiTaskModel) -> tuple[int, int, int, int, int]:
     total = sum(p.numel() for p in model.parameters())
     rest = count(trainable) - count(branches) - count(decoder)
     return total, count(trainable), count(branches), count(decoder), rest
-
-
-def swin_tiny(adapter: dict[str, Any] | None) -> MultiTaskModel:
-    """Swin-T at 448 with the four PASCAL tasks, without memory for its weights."""
-    spec = decode(
-        ModelSpec,
-        {
-            "backbone": {"name": "swin_tiny_patch4_window7_224", "feature_point": "after_merge"},
-            "adapter": adapter and {"type": "mtlora", **adapter},
-        },
-    )
-    with torch.device("meta"):
-        return build(spec, tasks_of({"semseg": 21, "normals": 3, "sal": 1, "human_parts": 7}), (448, 448))
-
-
-PLUS = {"layers": [*LAYERS, "reduction"]}
-DECODER = 1_946_624
-
-
-@pytest.mark.parametrize(
-    ("adapter", "expected"),
-    [
-        ({"rank": 16}, (30_871_418, 4_953_146, 1_406_976, DECODER, 1_599_546)),
-        ({"rank": 32}, (32_001_914, 6_083_642, 2_537_472, DECODER, 1_599_546)),
-        ({"rank": 64}, (34_262_906, 8_344_634, 4_798_464, DECODER, 1_599_546)),
-        ({"rank": 4, "task_rank": 4, **PLUS}, (30_039_674, 2_573_114, 575_232, DECODER, 51_258)),
-        ({"rank": 8, "task_rank": 8, **PLUS}, (30_614_906, 3_148_346, 1_150_464, DECODER, 51_258)),
-        ({"rank": 16, "task_rank": 16, **PLUS}, (31_765_370, 4_298_810, 2_300_928, DECODER, 51_258)),
-        ({"rank": 16, **PLUS}, (30_935_930, 3_469_370, 1_471_488, DECODER, 51_258)),
-        ({"rank": 32, **PLUS}, (32_130_938, 4_664_378, 2_666_496, DECODER, 51_258)),
-        ({"rank": 64, **PLUS}, (34_520_954, 7_054_394, 5_056_512, DECODER, 51_258)),
-        (None, (29_464_442, 29_464_442, 0, DECODER, 29_464_442 - DECODER)),
-    ],
-)
-def test_published_counts(adapter: dict[str, Any] | None, expected: tuple[int, ...]) -> None:
-    assert counts(swin_tiny(adapter)) == expected
-
-
-@pytest.mark.parametrize(
-    ("adapter", "trainable"),
-    [
-        ({"rank": 64, "mode": "addition"}, 7_255_994),
-        ({"rank": 64, "mode": "lora_only"}, 8_068_154),
-        ({"rank": 64, "train_biases": True}, 8_384_378),
-    ],
-)
-def test_trainable_counts_of_variants(adapter: dict[str, Any], trainable: int) -> None:
-    assert counts(swin_tiny(adapter))[1] == trainable
 
 
 # --- optimizer -------------------------------------------------------------------------------------

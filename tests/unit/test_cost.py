@@ -46,6 +46,14 @@ def test_macs_by_hand() -> None:
     assert macs == 4 * 5 * (4 * 3 * 9) + 4 * 5 * (4 * 5)
 
 
+def test_products_added_in_place_are_counted() -> None:
+    class Added(nn.Module):
+        def forward(self, *_: object) -> torch.Tensor:
+            return torch.zeros(2, 5).addmm_(torch.ones(2, 3), torch.ones(3, 5))
+
+    assert count_macs(Added(), torch.zeros(1), ()) == 2 * 3 * 5
+
+
 def test_attention_is_counted_and_stays_fused() -> None:
     net = Attention()
     assert count_macs(net, torch.zeros(1, 6, 8), ()) == 2 * (2 * 6 * 6 * 4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -50,14 +51,18 @@ class MTLoRA(Adapter):
     task_rank: Ranks | dict[str, Ranks] = Field(default=4, description="rank of the task branches")
     scale: Scales = Field(default=4.0, description="multiplier of the task-agnostic branches")
     task_scale: Scales | dict[str, Scales] | None = Field(default=None, description="default: `scale`")
+    train_scale: bool = Field(default=False, description="`scale` is where a trained number per layer starts")
+    train_task_scale: bool = Field(default=False, description="likewise `task_scale`, per layer and task")
     dropout: float = Field(default=0.05, ge=0.0, lt=1.0, description="on the input of the branches")
     mode: Mode = Field(default="matrix", description="how a task's stream combines with the shared branch")
     layers: tuple[Role, ...] = ("qkv", "proj", "fc1", "fc2")
-    train: tuple[str, ...] = Field(
+    train: tuple[str, ...] | Literal["all"] = Field(
         default=("patch_embed", "norm", "relative_position_bias_table", "downsample.reduction"),
-        description="parts of the frozen network that train nevertheless, matched in parameter names",
+        description="parts of the frozen network that train nevertheless, matched in parameter names; or all",
     )
-    train_biases: bool = False
+    train_biases: bool | Literal["adapted"] = Field(
+        default=False, description="all biases of the network train too, or those of the adapted layers"
+    )
 
     @field_validator("rank", "task_rank")
     @classmethod
@@ -70,7 +75,14 @@ class MTLoRA(Adapter):
     def plan(self, tasks: Sequence[str]) -> StreamPlan:
         """A stream per task in the last block of each stage; none in ``lora_only``."""
         self._check_names(tasks)
-        if self.mode == "lora_only" or not {"proj", "fc1", "fc2"} & set(self.layers):
+        forks = self.mode != "lora_only" and bool({"proj", "fc1", "fc2"} & set(self.layers))
+        learned = {"train_scale": self.rank, "train_task_scale": forks}
+        for field, branches in learned.items():
+            if getattr(self, field) and not branches:
+                raise ConfigError(
+                    "there is no branch whose scale could train", where=f"model.adapter.{field}"
+                )
+        if not forks:
             return StreamPlan()
         return StreamPlan("stage_end", tuple(tasks), all_or_none=self.mode == "addition")
 
@@ -87,21 +99,24 @@ class MTLoRA(Adapter):
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         """What a recipe names itself must be there; of the defaults, a backbone may lack some."""
-        for part in self.train if "train" in self.model_fields_set else ():
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for part in () if self.train in ("all", defaults["train"]) else self.train:
             if not any(part in name for name in parameters):
                 what = f"{part!r} is part of no parameter's name"
                 raise ConfigError(
                     what, where="model.adapter.train", hint=did_you_mean(part, _words(parameters))
                 )
         roles = {site.role for site in sites}
-        for role in self.layers if "layers" in self.model_fields_set else ():
+        for role in () if self.layers == defaults["layers"] else self.layers:
             if role not in roles:
                 has = ", ".join(sorted(roles))
                 raise ConfigError(f"the backbone has no {role!r}", where="model.adapter.layers", expected=has)
 
     def trains(self, name: str) -> bool:
         """The official rule: named parts of the trunk train, everything else is frozen."""
-        if self.train_biases and "bias" in name:
+        if self.train == "all" or (self.train_biases is True and "bias" in name):
+            return True
+        if self.train_biases and name.endswith(tuple(f".{role}.bias" for role in self.layers)):
             return True
         adapted = "reduction" in self.layers
         return any(part in name for part in self.train if not (adapted and part == "downsample.reduction"))
@@ -122,11 +137,14 @@ class MTLoRA(Adapter):
         block = backbone.net.get_submodule(site.name.rsplit(".", 2)[0])
         return TaskLinear(
             layer,
-            Branches(rank, scale, ranks, scales, self.dropout, self.mode if owns else "matrix"),
+            Branches(
+                rank, scale, ranks, scales, self.dropout, self.mode if owns else "matrix",
+                self.train_scale, self.train_task_scale,
+            ),
             backbone.streams,
             narrow=owns and site.role == "proj" and is_narrow(block),
             is_last=site.is_last and site.role == "fc2",
-        )
+        )  # fmt: skip
 
     def _of_tasks(
         self, setting: Any, tasks: Sequence[str], stages: int, stage: int, field: str
@@ -157,27 +175,27 @@ def per_stage(value: Any, stages: int, field: str) -> tuple[Any, ...]:
     return values
 
 
+@dataclass(frozen=True)
 class Branches:
     """Settings of one layer's branches."""
 
-    def __init__(
-        self,
-        rank: int,
-        scale: float,
-        ranks: dict[str, int],
-        scales: dict[str, float],
-        dropout: float,
-        mode: Mode,
-    ) -> None:
-        self.rank, self.scale, self.ranks, self.scales = rank, scale, ranks, scales
-        self.dropout, self.mode = dropout, mode
+    rank: int
+    scale: float
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+    dropout: float
+    mode: Mode
+    train_scale: bool = False
+    train_scales: bool = False
 
 
 class LowRank(nn.Module):
-    """The factors of one branch, ``B A`` with A ``[rank, in]`` and B ``[out, rank]``; zero at the start."""
+    """One branch, ``s B A`` with A ``[rank, in]``, B ``[out, rank]``, s ``[1]`` or fixed; zero at first."""
 
-    def __init__(self, layer: nn.Linear, rank: int) -> None:
+    def __init__(self, layer: nn.Linear, rank: int, scale: float, *, train_scale: bool) -> None:
         super().__init__()
+        learned = train_scale and rank > 0
+        self.scale = nn.Parameter(layer.weight.new_full((1,), scale)) if learned else scale
         self.A = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
         self.B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
         bound = 1 / math.sqrt(layer.in_features)  # Kaiming-uniform with a = sqrt(5)
@@ -200,10 +218,16 @@ class TaskLinear(LinearMap, Mergeable):
     ) -> None:
         super().__init__()
         self.base, self.streams, self.narrow, self.is_last = base, streams, narrow, is_last
-        self.mode, self.scale, self.scales = branches.mode, branches.scale, branches.scales
-        has_shared = branches.rank > 0 and branches.mode != "addition"
-        self.shared: LowRank | None = LowRank(base, branches.rank) if has_shared else None
-        self.tasks = PerTask({task: LowRank(base, rank) for task, rank in branches.ranks.items()})
+        self.mode = branches.mode
+        self.shared: LowRank | None = None
+        if branches.rank > 0 and branches.mode != "addition":
+            self.shared = LowRank(base, branches.rank, branches.scale, train_scale=branches.train_scale)
+        self.tasks = PerTask(
+            {
+                task: LowRank(base, rank, branches.scales[task], train_scale=branches.train_scales)
+                for task, rank in branches.ranks.items()
+            }
+        )
         self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
         self.dropout = branches.dropout
 
@@ -235,10 +259,8 @@ class TaskLinear(LinearMap, Mergeable):
         mask, gain = None, 1.0
         if self.training and self.dropout and not (skip and not narrow):
             mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
-        shared = None if skip else (self.shared.A * gain, self.shared.B * self.scale)  # type: ignore[union-attr]
-        tasks = (
-            (self._stack(active, "A", gain if narrow else 1.0), self._stack(active, "B")) if active else None
-        )
+        shared = None if skip else (self.shared.A * gain, self.shared.B * self.shared.scale)  # type: ignore[union-attr]
+        tasks = self._stack(active, gain if narrow else 1.0) if active else None
         layout = Layout(streams, narrow, self.mode == "matrixv2")
         y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
@@ -248,10 +270,10 @@ class TaskLinear(LinearMap, Mergeable):
         shared_in, *task_ins = (x,) if self.narrow or not active else x.chunk(1 + len(active))
         dropped, base = self._drop(shared_in), self.base(shared_in)
         inputs = task_ins or [dropped] * len(active)
-        with_shared = base if self.shared is None else base + self._low_rank(dropped, self.shared, self.scale)
+        with_shared = base if self.shared is None else base + self._low_rank(dropped, self.shared)
         below = with_shared if self.mode == "matrixv2" else base
         outputs = [
-            below + self._low_rank(own, self.tasks[task], self.scales[task])  # type: ignore[arg-type]
+            below + self._low_rank(own, self.tasks[task])  # type: ignore[arg-type]
             for task, own in zip(active, inputs, strict=True)
         ]
         if self.norm is not None and outputs:
@@ -261,23 +283,17 @@ class TaskLinear(LinearMap, Mergeable):
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def _stack(self, active: list[str], factor: str, gain: float = 1.0) -> Tensor:
-        """Factors times ``gain``, zero-padded to the largest rank (exact); B comes scaled."""
-        matrices = []
-        width = max(len(self.tasks[task].A) for task in active)  # type: ignore[arg-type]
-        for task in active:
-            matrix: Tensor = getattr(self.tasks[task], factor)
-            spare = width - len(self.tasks[task].A)  # type: ignore[arg-type]
-            if factor == "B":
-                matrix = F.pad(matrix * self.scales[task], (0, spare))
-            else:
-                matrix = F.pad(matrix * gain, (0, 0, 0, spare))
-            matrices.append(matrix)
-        return torch.stack(matrices)
+    def _stack(self, active: list[str], gain: float) -> tuple[Tensor, Tensor]:
+        """A times ``gain`` and B times its scale, zero-padded to the largest rank (exact)."""
+        branches: list[LowRank] = [self.tasks[task] for task in active]  # type: ignore[misc]
+        width = max(len(branch.A) for branch in branches)
+        a = [F.pad(branch.A * gain, (0, 0, 0, width - len(branch.A))) for branch in branches]
+        b = [F.pad(branch.B * branch.scale, (0, width - len(branch.A))) for branch in branches]
+        return torch.stack(a), torch.stack(b)
 
     @staticmethod
-    def _low_rank(x: Tensor, branch: LowRank, scale: float) -> Tensor:
-        return F.linear(F.linear(x, branch.A), branch.B * scale)
+    def _low_rank(x: Tensor, branch: LowRank) -> Tensor:
+        return F.linear(F.linear(x, branch.A), branch.B * branch.scale)
 
     def linear_weight(self) -> Tensor | None:
         """``W + s B A`` if the layer has no bias, no task branches and no active dropout."""
@@ -288,7 +304,7 @@ class TaskLinear(LinearMap, Mergeable):
 
     def _merged_weight(self) -> Tensor:
         assert self.shared is not None
-        return self.base.weight + self.scale * (self.shared.B @ self.shared.A)
+        return self.base.weight + (self.shared.B * self.shared.scale) @ self.shared.A
 
     def merged(self) -> nn.Module:
         """A plain linear layer where there is no task branch; with task branches what can fold, folds.

@@ -23,6 +23,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"\.(qkv|proj|fc1|fc2|reduction)\.base\.", r".\1.linear."),
     (r"\.shared\.([AB])$", r".lora_shared_\1"),
     (r"\.tasks\.(\w+)\.([AB])$", r".lora_tasks_\2.\1"),
+    (r"\.shared\.scale$", ".lora_shared_scale"),
+    (r"\.tasks\.(\w+)\.scale$", r".lora_task_scale.\1"),
     (r"\.(proj|fc1|fc2)\.norm\.", r".\1.lora_norm."),
 )
 

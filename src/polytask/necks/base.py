@@ -24,6 +24,10 @@ class Neck(nn.Module):
         """C of a task's map, where they differ."""
         return self.channels
 
+    def levels_of(self, task: str) -> tuple[int, ...]:
+        """The channels of the levels that lie side by side in a task's map, fine to coarse."""
+        return (self.channels_of(task),)
+
     def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Maps of the asked tasks."""
         raise NotImplementedError

@@ -62,10 +62,15 @@ class Fuse(Neck):
         self, channels: Sequence[int], projected: Sequence[int] | None, tasks: Sequence[str]
     ) -> None:
         super().__init__()
-        self.channels = sum(projected if projected is not None else channels)
+        self.levels = tuple(projected if projected is not None else channels)
+        self.channels = sum(self.levels)
         self.projections = PerTask(
             {t: Projection(channels, projected) for t in tasks} if projected is not None else {}
         )
+
+    def levels_of(self, task: str) -> tuple[int, ...]:  # noqa: ARG002
+        """The projected (or raw) levels."""
+        return self.levels
 
     def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Pyramids -> ``[B, C, H, W]`` per task at the finest level's size."""

@@ -14,12 +14,15 @@ RANKS = {"a": 2, "b": 3}
 SCALES = {"a": 1.5, "b": 0.5}
 
 
-def layer(*, mode: str, narrow: bool, rank: int = 4, dropout: float = 0.0) -> TaskLinear:
+def layer(
+    *, mode: str, narrow: bool, rank: int = 4, dropout: float = 0.0, train_scales: bool = False
+) -> TaskLinear:
     torch.manual_seed(0)
     base = nn.Linear(6, 5).double().requires_grad_(False)
     streams = Streams()
     streams.begin(("a", "b"), skip_final_shared=False)
-    branches = Branches(rank, 2.0, RANKS, SCALES, dropout, mode)  # type: ignore[arg-type]
+    trained = (train_scales, train_scales)
+    branches = Branches(rank, 2.0, RANKS, SCALES, dropout, mode, *trained)  # type: ignore[arg-type]
     made = TaskLinear(base, branches, streams, narrow=narrow, is_last=False)
     for name, parameter in made.named_parameters():
         if name.endswith(".B"):
@@ -37,14 +40,46 @@ def gradients(made: TaskLinear, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("mode", ["matrix", "matrixv2"])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_fused_equals_composed(mode: str, narrow: bool, rank: int) -> None:
-    made = layer(mode=mode, narrow=narrow, rank=rank)
+@pytest.mark.parametrize("train_scales", [False, True])
+def test_fused_equals_composed(mode: str, narrow: bool, rank: int, train_scales: bool) -> None:
+    made = layer(mode=mode, narrow=narrow, rank=rank, train_scales=train_scales)
     x = torch.randn(2 if narrow else 6, 7, 6, dtype=torch.float64, requires_grad=True)
     fused, composed = made._fused(x, ["a", "b"]), made._composed(x, ["a", "b"])
     torch.testing.assert_close(fused, composed)
     ours, reference = gradients(made, x, fused), gradients(made, x, composed)
     for name, gradient in reference.items():
         torch.testing.assert_close(ours[name], gradient)
+    scales = {name for name in reference if name.endswith("scale")}
+    assert len(scales) == train_scales * (2 + (rank > 0))
+    assert all(reference[name].shape == (1,) and reference[name].any() for name in scales)
+
+
+@pytest.mark.parametrize("mode", ["matrix", "matrixv2"])
+def test_trained_scales_are_merged(mode: str) -> None:
+    made = layer(mode=mode, narrow=True, train_scales=True).eval()
+    assert made.shared is not None
+    with torch.no_grad():
+        made.shared.scale.fill_(-0.7)  # type: ignore[union-attr]
+        made.tasks["a"].scale.fill_(3.0)  # type: ignore[union-attr,operator]
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = made(x)
+        shared, a, _ = wanted.chunk(3)
+        branch = made.shared
+        low = -0.7 * x @ branch.A.T @ branch.B.T
+        torch.testing.assert_close(shared, made.base(x) + low)
+        task = made.tasks["a"]
+        own = 3.0 * x @ task.A.T @ task.B.T  # type: ignore[operator,union-attr]
+        torch.testing.assert_close(a, made.base(x) + own + (low if mode == "matrixv2" else 0))
+        torch.testing.assert_close(made.merged()(x), wanted)
+    assert (made.shared is None) == (mode == "matrixv2")
+
+
+def test_a_branch_of_rank_zero_has_no_scale_to_train() -> None:
+    branches = Branches(2, 1.0, {"a": 0, "b": 1}, SCALES, 0.0, "matrix", True, True)
+    made = TaskLinear(nn.Linear(6, 5), branches, Streams(), narrow=True, is_last=False)
+    scales = [name for name, _ in made.named_parameters() if name.endswith("scale")]
+    assert scales == ["shared.scale", "tasks.b.scale"]
 
 
 def test_without_streams_only_the_shared_branch_runs() -> None:

@@ -9,7 +9,13 @@ from torch.distributions import Normal, kl_divergence
 
 from polytask.config import decode, registered
 from polytask.errors import ConfigError
-from polytask.heads import VAE, ConvHead, HRNetHead, PooledHead, VAEHead
+from polytask.heads import (
+    VAE,
+    ConvHead,
+    HRNetHead,
+    PooledHead,
+    VAEHead,
+)
 from polytask.model import fold_batch_norms
 from polytask.tasks import Reconstruction, TaskSet
 from polytask.types import drain
@@ -17,7 +23,8 @@ from tests.helpers import SIZE, build, image, model_spec
 
 
 def test_registered() -> None:
-    assert {"hrnet", "pooled", "vae"} <= set(registered("head"))
+    names = {"hrnet", "conv", "aspp", "segformer", "updecoder", "pooled", "vae"}
+    assert names <= set(registered("head"))
 
 
 @pytest.mark.parametrize("width", [1, 4])
