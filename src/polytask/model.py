@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from polytask import adapters as _adapters  # noqa: F401 - registers
 from polytask import necks as _necks  # noqa: F401 - registers
 from polytask import types
-from polytask.adapters.base import Adapter, adapt, merged
+from polytask.adapters.base import Adapter, adapt, fold_batch_norms, merged
 from polytask.backbones.timm import Backbone, BackboneSpec
 from polytask.config import Slot, Spec
 from polytask.errors import ConfigError, PolytaskWarning, did_you_mean
@@ -78,7 +78,7 @@ class ModelSpec(Spec):
                 "set model.backbone.pretrained=true or model.backbone.weights=FILE for useful results",
                 PolytaskWarning, stacklevel=2,
             )  # fmt: skip
-        neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks))
+        neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks), image_size)
         built = PerTask(
             {name: head.build_on(neck.levels_of(name), tasks[name].channels) for name, head in heads.items()}
         )
@@ -142,14 +142,3 @@ class MultiTaskModel(nn.Module):
 
 def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def fold_batch_norms(head: nn.Module) -> None:
-    """Fold each batch norm of an eval-mode head into the convolution before it in the same chain."""
-    for chain in [module for module in head.modules() if isinstance(module, nn.Sequential)]:
-        for index in range(len(chain) - 1):
-            convolution, norm = chain[index], chain[index + 1]
-            transposed = isinstance(convolution, nn.ConvTranspose2d)
-            if isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
-                chain[index] = nn.utils.fuse_conv_bn_eval(convolution, norm, transpose=transposed)
-                chain[index + 1] = nn.Identity()

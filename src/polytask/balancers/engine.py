@@ -68,9 +68,7 @@ class GradientBalancer(Balancer):
         self.number, self.audit_every = int(number or 0), choice.audit if choice else 0
         self.scale_heads = isinstance(spec, GradientWeighting | Rowwise) and spec.scale_heads
         if choice and choice.ANGLES and self.mode in ("features", "last_layer"):
-            what = (
-                f"balancer {spec.type!r} goes by angles of gradients, which mode {self.mode!r} does not"
-            )
+            what = f"balancer {spec.type!r} goes by angles of gradients, which mode {self.mode!r} does not"
             hint = "" if choice.audit else ", or set audit to measure it"
             warnings.warn(
                 f"{what} preserve; use exact, stale:K or sketch:R{hint}", PolytaskWarning, stacklevel=3

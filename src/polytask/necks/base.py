@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from polytask.config import Spec
 from polytask.types import Pyramids
 
+Size = tuple[int, int]
+
 
 class Neck(nn.Module):
     """Pyramids -> one map ``[B, C, H, W]`` per task.
@@ -39,5 +41,7 @@ class NeckSpec(Spec):
     type: str
 
     @abstractmethod
-    def build(self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str]) -> Neck:
-        """The neck for levels with these channels and strides."""
+    def build(
+        self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str], image_size: Size
+    ) -> Neck:
+        """The neck for levels with these channels and strides, of images ``(H, W)``."""
