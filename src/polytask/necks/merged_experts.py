@@ -7,7 +7,7 @@ alpha (exact at the borders too, since padding sits on the 3x3 convolutions only
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,18 +120,24 @@ class MergedModule(nn.Module):
         paths: list[MergedPath] = [self.tasks[task] for task in maps]  # type: ignore[misc]
         entered = [path.enter(x) for path, x in zip(paths, maps.values(), strict=True)]
         gates, factors = zip(*(p.router(u) for p, u in zip(paths, entered, strict=True)), strict=True)
-        kernels, biases = self.bank(torch.cat(gates))
-        kernels, biases = (x.view(len(paths), -1, *x.shape[1:]) for x in (kernels, biases))  # [T, B, ...]
-        for number, (path, m) in enumerate(zip(paths, factors, strict=True)):
-            mixed = kernels[number].mul_(path.alpha[:, None])
-            mixed.addcmul_(m[:, None, None], path.kernel).add_(self.common)
-            biases[number].mul_(path.alpha).addcmul_(m[:, None], path.own_bias).add_(path.bias)
-        summed = convolve_each(torch.cat(entered), kernels.flatten(0, 1), biases.flatten(0, 1))
+        kernels, biases = self.mixed(paths, gates, factors)
+        summed = convolve_each(torch.cat(entered), kernels, biases)
         found = {
             task: path.leave(F.gelu(torch.addcmul(path.summand, path.factor, v)))
             for task, path, v in zip(maps, paths, summed.chunk(len(paths)), strict=True)
         }
         return found, torch.stack(gates)
+
+    def mixed(
+        self, paths: Sequence[MergedPath], gates: Sequence[Tensor], factors: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Kernels ``[T B, C, 9 C]`` and biases ``[T B, C]`` of all maps, before the last batch norm."""
+        kernels, biases = self.bank(torch.cat([*gates]))
+        parts = zip(paths, kernels.chunk(len(paths)), biases.chunk(len(paths)), factors, strict=True)
+        for path, kernel, bias, m in parts:
+            kernel.mul_(path.alpha[:, None]).addcmul_(m[:, None, None], path.kernel).add_(self.common)
+            bias.mul_(path.alpha).addcmul_(m[:, None], path.own_bias).add_(path.bias)
+        return kernels, biases
 
 
 def _joined(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:

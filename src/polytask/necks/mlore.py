@@ -3,9 +3,9 @@
 Yang et al.: "Multi-Task Dense Prediction via Mixture of Low-Rank Experts", CVPR 2024. At each level two
 modules map features to those of every task. A module adds a dense 3x3 convolution that all tasks share (on
 features without gradient), low-rank 3x3 convolutions that all tasks share too, each weighted by a gate, and a
-low-rank one of the task's own. As gates are the same everywhere in an image, the weighted experts are one convolution
-whose kernel is mixed from dense kernels: so are they run here, in training (where the kernels are made
-once a step) and in inference (see ``merged_experts``).
+low-rank one of the task's own. As gates are the same everywhere in an image, the weighted experts are one
+convolution whose kernel is mixed from dense ones: so they are run here, in training (where dense kernels are
+made once a step) and in inference (see ``merged_experts``).
 """
 
 from __future__ import annotations

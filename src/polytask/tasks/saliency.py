@@ -74,7 +74,9 @@ class Saliency(BinaryTask):
 
     levels: int = Field(default=19, ge=1, description="thresholds of maxF")
     rowwise: bool = Field(default=False, description="mIoU per row of pixels, as AdaMTL's evaluator has it")
-    two_channels: bool = Field(default=False, description="logits of both classes, as the InvPT line has them")
+    two_channels: bool = Field(
+        default=False, description="logits of both classes, as the InvPT line has them"
+    )
 
     headline: ClassVar[str] = "mIoU"
     higher_is_better: ClassVar[bool] = True
