@@ -3,8 +3,9 @@
 All sides use the same parameters and the same trunk. `plain` runs every expert and each task's head on
 enlarged maps, as the network is written down. `accumulated` keeps a dense kernel per expert and adds the
 weighted kernels up one by one for each image and task, the known way to merge them. Ours mixes the kernels of
-all images and tasks with one matrix product, joins the 1x1 convolutions between the modules and does most of the
-heads' work before maps are enlarged. Outputs (and gradients of a module) are compared before anything is timed.
+all images and tasks with one matrix product, joins the 1x1 convolutions between the modules and does most of
+the heads' work before maps are enlarged. Outputs (and gradients of a module) are compared before anything is
+timed.
 
     python benchmarks/mlore.py [--quick] [--json] [--sizes small base]
 """
