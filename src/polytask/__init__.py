@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from polytask.config import Slot, Spec, decode, encode, register, registered
     from polytask.cost import CostReport, profile
     from polytask.data.base import DatasetSpec, Record
+    from polytask.engine.adapter_sets import AdapterSets, save_adapters
     from polytask.engine.evaluator import Scores, evaluate
     from polytask.engine.launch import train
     from polytask.errors import PolytaskError, PolytaskWarning
@@ -43,6 +44,7 @@ _HOMES = {
         "config": ("Slot", "Spec", "decode", "encode", "register", "registered"),
         "cost": ("CostReport", "profile"),
         "data.base": ("DatasetSpec", "Record"),
+        "engine.adapter_sets": ("AdapterSets", "save_adapters"),
         "engine.evaluator": ("Scores", "evaluate"),
         "engine.launch": ("train",),
         "errors": ("PolytaskError", "PolytaskWarning"),
@@ -65,6 +67,7 @@ _HOMES = {
 __all__ = [
     "Action",
     "Adapter",
+    "AdapterSets",
     "Backbone",
     "BackboneSpec",
     "Balancer",
@@ -106,6 +109,7 @@ __all__ = [
     "profile",
     "register",
     "registered",
+    "save_adapters",
     "score",
     "train",
     "write_report",

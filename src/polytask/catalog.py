@@ -18,7 +18,7 @@ from polytask.tasks.base import TaskSet
 
 _SLOTS = {
     "tasks": "task", "datasets": "data", "adapters": "adapter", "necks": "neck", "heads": "head",
-    "balancers": "balancer", "pipelines": "pipeline", "actions": "action",
+    "balancers": "balancer", "pipelines": "pipeline", "actions": "action", "meta": "meta",
 }  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def catalog(what: str, pattern: str = "*") -> list[tuple[str, str]]:
     """Names and one-line descriptions.
 
     Args:
-        what: ``tasks datasets adapters necks heads balancers pipelines actions backbones recipes``.
+        what: ``tasks datasets adapters necks heads balancers pipelines actions meta backbones recipes``.
         pattern: shell-style filter of the names, aliases among them.
     """
     if what == "recipes":

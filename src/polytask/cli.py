@@ -171,6 +171,39 @@ def _compare(args: argparse.Namespace) -> int:
     return _done(args, comparison.as_dict())
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from polytask.convert import official
+
+    if args.to_official:
+        count = official.export_run(args.system, args.file, args.to_official, args.checkpoint)
+        say(f"official checkpoint: {args.to_official}, {count} tensors")
+        return _done(args, {"file": str(args.to_official), "tensors": count})
+    if args.file.suffix in (".yaml", ".yml"):
+        tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else None
+        kind, output = "recipe", args.output or Path(f"{args.file.stem}.recipe.yaml")
+        draft = official.convert_settings(args.system, args.file, output, tasks=tasks, changes=args.sets)
+    else:
+        kind, output = "run", args.output or Path("runs") / args.file.stem
+        draft = official.convert_checkpoint(
+            args.system, args.file, output, settings=args.config, changes=args.sets
+        )
+    say(f"{kind}: {output}")
+    return _done(args, {kind: str(output), "notes": list(draft.notes)})
+
+
+def _delta_m(args: argparse.Namespace) -> int:
+    from polytask.deltam import history, write_csv
+    from polytask.tables import print_history
+
+    tasks = [name for text in args.tasks for name in text.split(",") if name]
+    found = history([*args.logs, *args.log_file], given=args.baseline, file=args.baselines,
+                    paper=args.paper, tasks=tasks)  # fmt: skip
+    if args.csv:
+        write_csv(found, args.csv)
+    print_history(found)
+    return _done(args, found.as_dict())
+
+
 def _list(args: argparse.Namespace) -> int:
     from polytask.catalog import catalog
     from polytask.tables import table
@@ -282,7 +315,7 @@ def _studied(args: argparse.Namespace, output: Path, study: Study) -> int:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train, "eval": _eval, "predict": _predict, "profile": _profile, "compare": _compare,
-    "study": _study, "demo": _demo, "list": _list, "show": _show, "data verify": _data_verify,
-    "data preview": _data_preview, "data prepare": _data_prepare, "data export": _data_export,
-    "data pack": _data_pack,
+    "convert": _convert, "delta-m": _delta_m, "study": _study, "demo": _demo, "list": _list, "show": _show,
+    "data verify": _data_verify, "data preview": _data_preview, "data prepare": _data_prepare,
+    "data export": _data_export, "data pack": _data_pack,
 }  # fmt: skip

@@ -82,16 +82,25 @@ class ModelSpec(Spec):
         built = PerTask(
             {name: head.build_on(neck.levels_of(name), tasks[name].channels) for name, head in heads.items()}
         )
-        return MultiTaskModel(backbone, neck, built)
+        model = MultiTaskModel(backbone, neck, built)
+        model.spec = self
+        return model
 
 
 class MultiTaskModel(nn.Module):
-    """One image in, one prediction per task out."""
+    """One image in, one prediction per task out.
+
+    Attributes:
+        spec: what it was built from, None if its parts were put together by hand.
+        changed: parameters that may no longer have the values the backbone was built with.
+    """
 
     def __init__(self, backbone: Backbone, neck: nn.Module, heads: PerTask) -> None:
         super().__init__()
         self.backbone, self.neck, self.heads = backbone, neck, heads
         backbone.own_streams_only = True
+        self.spec: ModelSpec | None = None
+        self.changed = {name for name, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> MultiTaskModel:
         """As ``nn.Module.train``; a backbone in which nothing trains stays in eval mode."""

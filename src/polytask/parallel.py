@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -98,6 +98,17 @@ def total(tensor: Tensor) -> Tensor:
     summed = tensor.detach().clone()
     dist.all_reduce(summed)
     return summed
+
+
+def differentiable_totals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums of tensors over all processes, as one exchange through which gradients flow."""
+    if world() == 1:
+        return list(tensors)
+    flat: Tensor = differentiable_all_reduce(  # type: ignore[no-untyped-call]
+        torch.cat([tensor.reshape(-1) for tensor in tensors])
+    )
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def gather(rows: Tensor) -> Tensor:

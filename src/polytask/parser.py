@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polytask import __version__
+from polytask.convert import SYSTEMS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
     _recipe_options(profile)
     profile.add_argument("--repeats", type=_count, default=5, help="timed passes; 0 for none")
     _comparing_verbs(verbs)
+    _convert_verb(verbs)
     listing = _verb(verbs, "list", "what there is", "polytask list tasks")
-    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions recipes"
+    kinds = "tasks datasets backbones adapters necks heads balancers pipelines actions meta recipes"
     listing.add_argument("what", choices=kinds.split())
     listing.add_argument("pattern", nargs="?", default="*", help="for backbones, e.g. '*swin*'")
     show = _verb(verbs, "show", "the fully resolved recipe", "polytask show rooms/mtlora")
@@ -72,6 +74,22 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--opts", nargs="+", default=[], metavar="K V", help="same as --set, in pairs")
 
 
+def _convert_verb(verbs: Any) -> None:
+    convert = _verb(verbs, "convert", "official checkpoints and settings to runs and recipes, and back",
+                    f"polytask convert {min(SYSTEMS)} ckpt_epoch_299.pth --output runs/official")  # fmt: skip
+    convert.add_argument("system", choices=SYSTEMS)
+    convert.add_argument("file", type=Path, help="checkpoint, settings (.yaml), or run with --to-official")
+    convert.add_argument("--config", type=Path, help="official settings of a checkpoint, in place of its own")
+    convert.add_argument(
+        "--output", type=Path, help="default: runs/<name> or, for settings, <name>.recipe.yaml"
+    )
+    convert.add_argument("--tasks", help="comma-separated official names, for settings (default: the usual)")
+    convert.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets",
+                         help="a change of the recipe")  # fmt: skip
+    convert.add_argument("--to-official", type=Path, metavar="FILE", help="write a run's weights there")
+    convert.add_argument("--checkpoint", default="last", choices=("last", "best"), help="of the run")
+
+
 def _comparing_verbs(verbs: Any) -> None:
     compare = _verb(verbs, "compare", "table and page about runs", "polytask compare runs/*")
     compare.add_argument("runs", type=Path, nargs="+", help="run folders, or folders that hold some")
@@ -85,8 +103,26 @@ def _comparing_verbs(verbs: Any) -> None:
     study.add_argument("--output", type=Path, help="default: runs/<name of the folder>")
     study.add_argument("--set", action="append", default=[], metavar="A.B=V", dest="sets",
                        help="a change of every recipe")  # fmt: skip
+    _delta_m_verb(verbs)
     demo = _verb(verbs, "demo", "train and compare on the embedded rooms", "polytask demo")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
+
+
+def _delta_m_verb(verbs: Any) -> None:
+    """With the spellings of the script that comes with a fork of the official code."""
+    gains = _verb(verbs, "delta-m", "gain over single-task models at every evaluation of training logs",
+                  "polytask delta-m train.log --baseline semseg=67.21 normals=17.97")  # fmt: skip
+    gains.add_argument("logs", type=Path, nargs="*", metavar="LOG", help="run folder, or printed log")
+    gains.add_argument("--log-file", type=Path, action="append", default=[], help="same as LOG")
+    gains.add_argument("--baseline", nargs="+", action="extend", default=[], metavar="TASK=SCORE",
+                       help="scores of the single-task models")  # fmt: skip
+    for name in ("semseg", "human", "saliency", "normals", "depth", "edge"):
+        gains.add_argument(f"--{name}-st", type=f"{name}={{}}".format, dest="baseline", action="append",
+                           metavar="SCORE", help=f"same as --baseline {name}=SCORE")  # fmt: skip
+    gains.add_argument("--baselines", "--st-json", type=Path, metavar="FILE", help="the same as JSON")
+    gains.add_argument("--paper", "--use-paper-st", action="store_true", help="baselines of the paper")
+    gains.add_argument("--tasks", nargs="+", default=[], help="default: those with a baseline")
+    gains.add_argument("--csv", "--csv-out", type=Path, metavar="FILE", help="also write the history here")
 
 
 def _data_verbs(verbs: Any) -> None:

@@ -18,6 +18,7 @@ from polytask.data import datasets as _datasets  # noqa: F401 - registers
 from polytask.data.base import DatasetSpec
 from polytask.errors import ConfigError, ConfigErrors, PolytaskError, did_you_mean
 from polytask.files import load_yaml, override
+from polytask.meta import meta_problems
 from polytask.model import ModelSpec
 from polytask.optim import OptimSpec
 from polytask.phases import PhaseSpec
@@ -165,6 +166,10 @@ def _problems(recipe: Recipe, good: frozenset[str]) -> list[str]:
         problems.append("model.freeze_backbone: an adapter decides itself what trains, so leave this out")
     if {"model", "phases"} <= good:
         problems += _penalty_problems(recipe)
+    if {"model", "phases", "balancer", "run"} <= good:
+        wrong = meta_problems(recipe.model, recipe.balancer, recipe.run.parallel)
+        metas = [index for index, phase in enumerate(recipe.phases) if phase.meta is not None]
+        problems += [f"phases.{index}.meta: {problem}" for index in metas for problem in wrong]
     tasks = _collect(recipe.task_set, problems) if {"data", "tasks"} <= good else None
     if tasks is not None:
         if "phases" in good:

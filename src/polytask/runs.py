@@ -19,10 +19,22 @@ from polytask.engine.evaluator import Scores, evaluate
 from polytask.engine.log import read_log
 from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
 from polytask.files import load_yaml, override
-from polytask.model import MultiTaskModel
+from polytask.model import ModelSpec, MultiTaskModel
 from polytask.parallel import choose_device
 from polytask.recipe import Recipe
 from polytask.tasks.base import TaskSet
+
+
+def empty_model(recipe: Recipe) -> MultiTaskModel:
+    """The model of a recipe with random weights, which are about to be replaced."""
+    bare = recipe.model.backbone.model_copy(update={"pretrained": False, "weights": None})
+    return _quietly(recipe.model.model_copy(update={"backbone": bare}), recipe)
+
+
+def _quietly(spec: ModelSpec, recipe: Recipe) -> MultiTaskModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PolytaskWarning)  # about random weights
+        return spec.build(recipe.task_set(), recipe.data.image_size)
 
 
 @dataclass(frozen=True)
@@ -126,13 +138,10 @@ class Run:
                 "checkpoint and recipe have different tasks", where=str(self.path),
                 got=", ".join(trained), expected=", ".join(self.tasks),
             )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PolytaskWarning)  # random weights are about to be replaced
-            spec = self.recipe.model
-            if not saved.manifest["left_out"]:  # the checkpoint has it all
-                bare = spec.backbone.model_copy(update={"pretrained": False, "weights": None})
-                spec = spec.model_copy(update={"backbone": bare})
-            model = spec.build(self.tasks, self.recipe.data.image_size)
+        if saved.manifest["left_out"]:
+            model = _quietly(self.recipe.model, self.recipe)
+        else:  # the checkpoint has it all
+            model = empty_model(self.recipe)
         checkpoint_files.load_weights(model, saved, str(self.path))
         return model.to(device or choose_device("auto")).eval()
 

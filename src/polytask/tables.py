@@ -15,6 +15,7 @@ from polytask.tasks import Attributes, Classification, Embedding, Segmentation
 if TYPE_CHECKING:
     from polytask.comparison import Comparison, Row
     from polytask.data.verification import VerifyReport
+    from polytask.deltam import History
     from polytask.tasks import Task
 
 
@@ -106,6 +107,24 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
         f"{row.total / 1e6:.3f}",
         f"{row.train_seconds:.0f}",
     ]
+
+
+def print_history(history: History) -> None:
+    """Every evaluation with its gain, then the best one of each run."""
+    heads = [
+        f"{task} {m.metric} {'↑' if m.higher_is_better else '↓'}" for task, m in history.measures.items()
+    ]
+    for title, evaluations in (("evaluations", history.evaluations), ("best", history.best_of_runs())):
+        rows = [
+            [
+                evaluation.run,
+                "-" if evaluation.epoch is None else str(evaluation.epoch),
+                *(f"{evaluation.scores[task]:.4f}" for task in history.measures),
+                f"{evaluation.delta_m:+.2f}",
+            ]
+            for evaluation in evaluations
+        ]
+        table(title, ["run", "epoch", *heads, "Δm % ↑"], rows)
 
 
 def number(value: float | None, form: str, spread: float | None = None) -> str:

@@ -25,6 +25,8 @@ VERBS = (
     "predict",
     "profile",
     "compare",
+    "convert",
+    "delta-m",
     "study",
     "list",
     "show",
@@ -474,3 +476,27 @@ def test_reader_that_goes_away() -> None:
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
     )
     assert "Traceback" not in done.stderr
+
+
+# --- delta-m -----------------------------------------------------------------------------------------
+
+
+def test_delta_m_of_a_run(call: Call, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "history.csv"
+    result = call.json("delta-m", trained, "--depth-st", "2", "--baseline", "scene=50", "--csv-out", out)
+    assert list(result["tasks"]) == ["depth", "scene"]
+    assert result["best"] == result["evaluations"][-1]
+    assert out.read_text().startswith("epoch,Depth_rmse,scene_accuracy,Delta_m_percent\n1,")
+    code, stdout, err = call("delta-m", "--log-file", trained, "--depth-st", "2", "--tasks", "depth")
+    assert (code, stdout) == (0, "")
+    assert "depth rmse ↓" in err
+    assert "best" in err
+
+
+def test_delta_m_refused_writes_nothing(call: Call, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "history.csv"
+    assert call("delta-m", trained, "--csv", out)[0] == 2
+    code, _, err = call("delta-m", trained, "--baseline", "normals=17", "--csv", out)
+    assert (code, len(err.splitlines())) == (3, 1)
+    assert "never reports a score of 'normals'" in err
+    assert not out.exists()

@@ -84,6 +84,35 @@ def test_replicated(forks: Forks, recipe_file: Write, tmp_path: Path, balancer: 
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "parallel"), [("{type: segformer, dropout: 0}", "fsdp"), ("updecoder", "replicated")]
+)
+def test_decoders_with_trained_scales(
+    forks: Forks, recipe_file: Write, tmp_path: Path, head: str, parallel: str
+) -> None:
+    scales = ("model.adapter.train_scale=true", "model.adapter.train_task_scale=true")
+    file = recipe_file(*SAME, *scales, f"model.head={head}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert_done([forks.run("train", file, "--output", one)])
+    assert_done(forks.group(2, "train", file, "--output", two, "--set", f"run.parallel={parallel}"))
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        "{type: metasgd, inner: all, lr: 0.05, steps: 2}",
+        pytest.param("{type: fomaml, lr: 0.05}", marks=pytest.mark.slow),
+        pytest.param("{type: reptile, inner: all, lr: 0.01}", marks=pytest.mark.slow),
+    ],
+)
+def test_meta(forks: Forks, recipe_file: Write, tmp_path: Path, meta: str) -> None:
+    actions = "phases.0.actions=[{type: coto, p0: 0.5}]"
+    one, two = train_both(forks, recipe_file(*SAME, f"phases.0.meta={meta}", actions), tmp_path)
+    assert_same(one, two)
+
+
 @pytest.mark.parametrize(
     "balancer",
     [

@@ -48,16 +48,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "type": "mtlora", "rank": 2, "task_rank": {"semseg": 1, "normals": 2, "depth": 3},
         "train_scale": True, "train_task_scale": True, "layers": [*ROLES.values(), "reduction"],
     },
+    "mtlora_last": {
+        "type": "mtlora", "rank": 2, "task_rank": 2, "blocks": "last", "dropout": [0.1, 0.0, 0.2, 0.0],
+    },
     "recon": {"type": "recon", "layers": ["*s.2.*mlp.fc1", "*s.3.*norm2"]},
+    "lora": {"type": "lora", "rank": 2, "alpha": 3.0, "train": ["norm"]},
+    "lora_everywhere": {"type": "lora", "rank": 2, "layers": [*ROLES.values(), "reduction"]},
+    "lora_per_task": {"type": "lora", "rank": 2, "per_task": True},
+    "bitfit": {"type": "bitfit"},
 }  # fmt: skip
 NAMES = tuple(TASKS)
 PAIRS = [
     *((variant, "swin_merged") for variant in VARIANTS),
     *(("mtlora", "swin"), ("mtlora", "vit"), ("mtlora_sum", "vit"), ("mtlora_ragged", "vit")),
     *(("recon", "swin"), ("recon", "vit")),
+    *(("lora_everywhere", "swin"), ("lora", "vit"), ("lora_per_task", "vit"), ("bitfit", "vit")),
 ]
 each_with_branches = pytest.mark.parametrize(
-    ("variant", "backbone"), [pair for pair in PAIRS if pair[0] != "recon"]
+    ("variant", "backbone"), [pair for pair in PAIRS if pair[0] not in ("recon", "bitfit")]
 )
 each = pytest.mark.parametrize(("variant", "backbone"), PAIRS)
 each_but_sum = pytest.mark.parametrize(
@@ -71,7 +79,9 @@ def make(variant: str, backbone: str, *, branches: float = 0.1, **changes: Any) 
     model = build(model_spec(BACKBONES[backbone], adapter={**VARIANTS[variant], **changes}))
     if branches:
         shake(model.backbone, branches, lambda name: name.endswith((".B", ".weight")) and ".tasks." in name)
-        shake(model.backbone, branches, lambda name: name.endswith((".shared.B", "scale")))
+        trained = (".shared.B", "scale", ".branch.B.weight")
+        shake(model.backbone, branches, lambda name: name.endswith(trained))
+        shake(model.backbone, branches, lambda name: variant == "bitfit" and name.endswith("bias"))
     return model.eval()
 
 
@@ -165,7 +175,8 @@ def test_frozen_weights_stay_and_trained_ones_move(variant: str, backbone: str) 
     after = dict(model.named_parameters())
     assert part.frozen and all(p.grad is None for p in part.frozen.values())
     assert all(torch.equal(after[name], before[name]) for name in part.frozen)
-    assert any(name.endswith(".B") and not torch.equal(after[name], before[name]) for name in after)
+    branches = [name for name in after if name.endswith((".B", ".B.weight"))]
+    assert any(not torch.equal(after[name], before[name]) for name in branches)
     plain = {bare(name): value for name, value in build(model_spec(BACKBONES[backbone])).state_dict().items()}
     assert all(torch.equal(plain[bare(name)], after[name]) for name in part.frozen)
 
@@ -255,7 +266,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"task_rank": {"semseg": [1, -2]}}, r"task_rank: .*a rank is at least 0"),
     ({"layers": []}, r"model\.adapter\.layers"),
     ({"layers": ["fc3"]}, r"adapter\.layers\.0: .*got 'fc3'; did you mean 'fc"),
-    ({"dropout": 1.0}, r"adapter\.dropout: .*less than 1"),
+    ({"dropout": 1.0}, r"adapter\.dropout: a probability .* below 1"),
     (
         {"mode": "lora_only", "train_task_scale": True},
         r"model\.adapter\.train_task_scale: there is no branch whose scale could train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     adapter = data["model"]["adapter"]
     if adapter is not None and adapter["type"] == "mtlora":
         adapter |= {"rank": 2, "task_rank": 2}
-    elif adapter is not None and "swin" in backbone["name"]:
+    elif adapter is not None and adapter["type"] == "recon" and "swin" in backbone["name"]:
         adapter["layers"] = ["layers.2.*.fc2"]
     return decode(Recipe, data)
 
@@ -86,6 +87,7 @@ def test_shrunk_recipe_takes_a_step(recipe: Recipe, rooms: Path, tmp_path: Path)
     model = small.model.build(small.task_set(), small.data.image_size).train()
     for action in small.phases[0].actions:
         action.apply(model)
+    learned = [p.meta.build(model, tuple(small.phase_tasks(p))) for p in small.phases if p.meta is not None]
     balancer = small.balancer.build(small.task_set())
     optim = small.phases[0].optim or small.optim
     optimizer = optim.optimizer(model, list(balancer.parameters()), 2)
@@ -100,6 +102,7 @@ def test_shrunk_recipe_takes_a_step(recipe: Recipe, rooms: Path, tmp_path: Path)
         partition=model.partition(),
         clip_norm=optim.clip_norm,
     )
-    log = train_step(model, batch, setup)
-    assert log.losses
-    assert log.gradient_norm > 0
+    for each in (setup, *(dataclasses.replace(setup, learner=learner) for learner in learned)):
+        log = train_step(model, batch, each)
+        assert log.losses
+        assert log.gradient_norm > 0

@@ -53,7 +53,7 @@ def test_verbs_named_in_sentences_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_named_in_sentences_exist(page: Path) -> None:
-    for name in re.findall(r"`((?:rooms|pascal|smoke)/\w+)`", page.read_text(encoding="utf-8")):
+    for name in re.findall(r"`((?:rooms|pascal|nyud|smoke)/\w+)`", page.read_text(encoding="utf-8")):
         if not (ROOT / "recipes" / name).is_dir():
             assert find_recipe(Path(name)).is_file()
 

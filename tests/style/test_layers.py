@@ -12,11 +12,11 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "polytask"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "errors", "config", "files", "seeding", "progress", "parallel", "allocator"},
+    {"types", "errors", "config", "files", "seeding", "progress", "parallel", "allocator", "pickles"},
     {"metrics", "losses", "tasks", "data", "backbones"},
     {"adapters", "necks", "heads"},
     {"model"},
-    {"balancers", "optim", "phases"},
+    {"balancers", "optim", "phases", "meta"},
     {"recipe"},
     {
         "engine",
@@ -25,6 +25,8 @@ LAYERS = [
         "predict",
         "convert",
         "comparison",
+        "deltam",
+        "logs",
         "report",
         "tables",
         "charts",
@@ -36,8 +38,11 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MAX_LINES = 350
-HOMES = {"adapters/mtlora.py", "adapters/__init__.py", "convert/mtlora.py", "__init__.py"}
-"""The technique, the list that registers it, its converter, and the public names."""
+HOMES = {
+    "adapters/mtlora.py", "adapters/__init__.py", "convert/mtlora.py", "convert/mtlora_settings.py",
+    "convert/mtlora_shapes.py", "convert/__init__.py", "__init__.py",
+}  # fmt: skip
+"""The technique, the lists that register it and its converter, that converter, and the public names."""
 
 files = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 

@@ -26,7 +26,7 @@ class Adapter(Spec):
         """Which tasks own a stream, and where streams fork."""
 
     def sites(self, backbone: Backbone) -> list[Site]:
-        """The layers that ``wrap`` is asked about."""
+        """The layers that ``wrap`` is asked about; none if the technique wraps nothing."""
         return list(backbone.sites())
 
     def check(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
@@ -46,6 +46,16 @@ class Adapter(Spec):
     @abstractmethod
     def trains(self, name: str) -> bool:
         """Whether a parameter of the original network, by its timm name, keeps training."""
+
+
+class Branch(nn.Module):
+    """What an adapter adds to one layer; a shared one (of no task) may sit out a training step.
+
+    Attributes:
+        on: whether it takes part in training steps; in eval mode every branch does.
+    """
+
+    on: bool = True
 
 
 class Mergeable(nn.Module):
@@ -76,7 +86,7 @@ def adapt(backbone: Backbone, adapter: Adapter, tasks: Sequence[str]) -> None:
         module = adapter.wrap(site, layer, plan, backbone)
         if module is not None:
             wrapped.append((site, module))
-    if not wrapped:
+    if sites and not wrapped:
         raise ConfigError(
             f"adapter {adapter.type!r} matched no layer of the backbone", where="model.adapter.layers"
         )

@@ -18,12 +18,12 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.adapters.base import Adapter, Mergeable
+from polytask.adapters.base import Adapter, Branch, Mergeable
 from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
-from polytask.backbones.streams import LinearMap, StreamPlan, Streams
+from polytask.backbones.streams import Factors, LinearMap, StreamPlan, Streams
 from polytask.backbones.timm import Backbone, is_narrow
 from polytask.config import register
-from polytask.errors import ConfigError, UnsupportedBackboneError, did_you_mean
+from polytask.errors import ConfigError, did_you_mean
 from polytask.types import PerTask, Site
 
 Mode = Literal["matrix", "matrixv2", "addition", "lora_only"]
@@ -53,9 +53,12 @@ class MTLoRA(Adapter):
     task_scale: Scales | dict[str, Scales] | None = Field(default=None, description="default: `scale`")
     train_scale: bool = Field(default=False, description="`scale` is where a trained number per layer starts")
     train_task_scale: bool = Field(default=False, description="likewise `task_scale`, per layer and task")
-    dropout: float = Field(default=0.05, ge=0.0, lt=1.0, description="on the input of the branches")
+    dropout: Scales = Field(default=0.05, description="on the input of the branches")
     mode: Mode = Field(default="matrix", description="how a task's stream combines with the shared branch")
     layers: tuple[Role, ...] = ("qkv", "proj", "fc1", "fc2")
+    blocks: Literal["all", "last"] = Field(
+        default="all", description="task-agnostic branches in all blocks, or in the last of each stage only"
+    )
     train: tuple[str, ...] | Literal["all"] = Field(
         default=("patch_embed", "norm", "relative_position_bias_table", "downsample.reduction"),
         description="parts of the frozen network that train nevertheless, matched in parameter names; or all",
@@ -70,6 +73,13 @@ class MTLoRA(Adapter):
         for ranks in value.values() if isinstance(value, dict) else (value,):
             if any(r < 0 for r in ((ranks,) if isinstance(ranks, int) else ranks)):
                 raise ValueError(f"a rank is at least 0, got {value}")
+        return value
+
+    @field_validator("dropout")
+    @classmethod
+    def _probabilities(cls, value: Any) -> Any:
+        if not all(0 <= p < 1 for p in ((value,) if isinstance(value, float) else value)):
+            raise ValueError(f"a probability from 0 to below 1 is needed, got {value}")
         return value
 
     def plan(self, tasks: Sequence[str]) -> StreamPlan:
@@ -128,6 +138,8 @@ class MTLoRA(Adapter):
         stages = len(backbone.channels)
         owns = site.is_stage_end and site.role != "qkv" and plan.fork == "stage_end"
         rank = per_stage(self.rank, stages, "rank")[site.stage]
+        if self.blocks == "last" and site.role != "reduction" and not site.is_stage_end:
+            rank = 0
         scale = per_stage(self.scale, stages, "scale")[site.stage]
         ranks = self._of_tasks(self.task_rank, plan.tasks, stages, site.stage, "task_rank") if owns else {}
         fallback = self.scale if self.task_scale is None else self.task_scale
@@ -135,10 +147,11 @@ class MTLoRA(Adapter):
         if not rank and not ranks:
             return None
         block = backbone.net.get_submodule(site.name.rsplit(".", 2)[0])
+        dropout = per_stage(self.dropout, stages, "dropout")[site.stage]
         return TaskLinear(
             layer,
             Branches(
-                rank, scale, ranks, scales, self.dropout, self.mode if owns else "matrix",
+                rank, scale, ranks, scales, dropout, self.mode if owns else "matrix",
                 self.train_scale, self.train_task_scale,
             ),
             backbone.streams,
@@ -189,7 +202,7 @@ class Branches:
     train_scales: bool = False
 
 
-class LowRank(nn.Module):
+class LowRank(Branch):
     """One branch, ``s B A`` with A ``[rank, in]``, B ``[out, rank]``, s ``[1]`` or fixed; zero at first."""
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, *, train_scale: bool) -> None:
@@ -231,18 +244,15 @@ class TaskLinear(LinearMap, Mergeable):
         self.norm = nn.LayerNorm(base.out_features) if branches.mode == "addition" else None
         self.dropout = branches.dropout
 
-    @property
-    def weight(self) -> Tensor:
-        """Refused: a network that reads it would compute past the branches."""
-        raise UnsupportedBackboneError(
-            "the network reads `.weight` of an adapted layer and would bypass the adapter",
-            hint="use a backbone that calls its linear layers, e.g. Swin, ViT or DeiT3",
-        )
+    def _shared_now(self) -> LowRank | None:
+        """The shared branch, unless it sits out this training step."""
+        return self.shared if self.shared is not None and (self.shared.on or not self.training) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[S * B, ..., in]`` (``[B, ..., in]`` if narrow) -> ``[S * B, ..., out]``."""
         active = [task for task in self.streams.active if task in self.tasks]
-        if (self.mode == "addition" and active) or any(p.requires_grad for p in self.base.parameters()):
+        plain = self.streams.plain or (self.mode == "addition" and active)
+        if plain or any(p.requires_grad for p in self.base.parameters()):
             return self._composed(x, active)
         return self._fused(x, active)
 
@@ -250,7 +260,8 @@ class TaskLinear(LinearMap, Mergeable):
         """Matrix modes on a frozen base, as one operation (see ``lowrank``)."""
         streams = 1 + len(active)
         narrow = self.narrow or not active
-        skip = self.shared is None or (
+        branch = self._shared_now()
+        skip = branch is None or (
             bool(active) and self.is_last and self.streams.skip_final_shared and self.mode == "matrix"
         )
         if skip and not active:
@@ -259,7 +270,7 @@ class TaskLinear(LinearMap, Mergeable):
         mask, gain = None, 1.0
         if self.training and self.dropout and not (skip and not narrow):
             mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
-        shared = None if skip else (self.shared.A * gain, self.shared.B * self.shared.scale)  # type: ignore[union-attr]
+        shared = None if skip or branch is None else (branch.A * gain, branch.B * branch.scale)
         tasks = self._stack(active, gain if narrow else 1.0) if active else None
         layout = Layout(streams, narrow, self.mode == "matrixv2")
         y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
@@ -270,7 +281,8 @@ class TaskLinear(LinearMap, Mergeable):
         shared_in, *task_ins = (x,) if self.narrow or not active else x.chunk(1 + len(active))
         dropped, base = self._drop(shared_in), self.base(shared_in)
         inputs = task_ins or [dropped] * len(active)
-        with_shared = base if self.shared is None else base + self._low_rank(dropped, self.shared)
+        branch = self._shared_now()
+        with_shared = base if branch is None else base + self._low_rank(dropped, branch)
         below = with_shared if self.mode == "matrixv2" else base
         outputs = [
             below + self._low_rank(own, self.tasks[task])  # type: ignore[arg-type]
@@ -295,12 +307,18 @@ class TaskLinear(LinearMap, Mergeable):
     def _low_rank(x: Tensor, branch: LowRank) -> Tensor:
         return F.linear(F.linear(x, branch.A), branch.B * branch.scale)
 
+    def factors(self, task: str | None = None) -> Factors | None:  # noqa: ARG002
+        """Those of the shared branch if there are no task branches."""
+        if self.shared is None or len(self.tasks):
+            return None
+        return Factors(self.shared.A, self.shared.B, float(self.shared.scale))
+
     def linear_weight(self) -> Tensor | None:
         """``W + s B A`` if the layer has no bias, no task branches and no active dropout."""
         dropping = self.training and self.dropout > 0
         if "bias" in dict(self.base.named_parameters()) or len(self.tasks) or dropping:
             return None
-        return self.base.weight if self.shared is None else self._merged_weight()
+        return self.base.weight if self._shared_now() is None else self._merged_weight()
 
     def _merged_weight(self) -> Tensor:
         assert self.shared is not None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from timm.models import load_state_dict
-from torch import nn
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
 
 from polytask.errors import CheckpointError, ConfigError, did_you_mean
+from polytask.pickles import read_checkpoint, state_dict
 
 if TYPE_CHECKING:
     from polytask.backbones.timm import BackboneSpec
@@ -92,9 +96,10 @@ def load_weights(net: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise CheckpointError("no such weight file", where=where)
     try:
-        state = load_state_dict(str(path), use_ema=False, device="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile, safetensors and pickle each raise their own
-        raise CheckpointError(f"weight file cannot be read ({error})", where=where) from None
+        state = state_dict(read_checkpoint(path), str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"weight file cannot be read ({error.what})", where=where) from None
+    _resize_bias_tables(net, state)
     adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
         try:
@@ -120,11 +125,26 @@ def load_weights(net: nn.Module, path: Path) -> None:
         )
 
 
-@torch.no_grad()
+def _resize_bias_tables(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Swin's tables for windows of another size, bicubically; timm's own way depends on SciPy being there."""
+    for name, module in net.named_modules():
+        key = f"{name}.relative_position_bias_table"
+        rows = len(state.get(key, ()))
+        if isinstance(module, WindowAttention) and rows and math.isqrt(rows) ** 2 == rows:
+            own = module.relative_position_bias_table.shape
+            state[key] = resize_rel_pos_bias_table_simple(state[key], module.window_size, own)
+
+
 def digest(module: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of a module's parameters."""
+    return digest_of(dict(module.named_parameters()))
+
+
+@torch.no_grad()
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors, in the order of their names."""
     hasher = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()

@@ -13,14 +13,14 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from polytask.errors import ConfigError
+from polytask.errors import ConfigError, UnsupportedBackboneError
 from polytask.types import Factored, Level, PerTask
 
 Kept = Tensor | Factored
@@ -55,6 +55,7 @@ class Streams:
         merged: per stage the shared features after the stage's downsampling.
         task: whose pass runs, if each task has one.
         once: what the first pass left for the others.
+        plain: layers must be differentiable twice, which fused operations are not.
     """
 
     active: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Streams:
     merged: dict[int, Level] = field(default_factory=dict)
     task: str = ""
     once: dict[Once, Any] = field(default_factory=dict)
+    plain: bool = False
 
     def begin(self, active: tuple[str, ...], *, skip_final_shared: bool) -> None:
         """Forget the last pass and name the streams of the next one."""
@@ -240,8 +242,28 @@ def composable_weight(layer: nn.Module) -> Tensor | None:
     return layer.linear_weight() if isinstance(layer, LinearMap) else None
 
 
+class Factors(NamedTuple):
+    """A low-rank change of a matrix, ``s B A`` with A ``[r, in]`` and B ``[out, r]``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
 class LinearMap(nn.Module):
     """A wrapped linear layer that can say which single matrix it currently amounts to."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Refused: a network that reads it would compute past the branches."""
+        raise UnsupportedBackboneError(
+            "the network reads `.weight` of an adapted layer and would bypass the adapter",
+            hint="use a backbone that calls its linear layers, e.g. Swin, ViT or DeiT3",
+        )
+
+    def factors(self, task: str | None = None) -> Factors | None:  # noqa: ARG002
+        """What a task (None: every task) adds to the original matrix, if that is all the wrapper does."""
+        return None
 
     def linear_weight(self) -> Tensor | None:
         """``[C, C_in]`` if the layer acts as one bias-free linear map right now, else None."""

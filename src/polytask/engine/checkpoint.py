@@ -46,15 +46,20 @@ def weights_to_save(model: MultiTaskModel, trained: Collection[str]) -> tuple[di
     Returns:
         tensors to store, and the names left out.
     """
-    reproducible = model.backbone.base_digest is not None
-    frozen = {f"backbone.net.{name}" for name, _ in model.backbone.net.named_parameters()} - set(trained)
-    left_out = frozen if reproducible else set()
+    left_out = trunk(model, trained)
     state = {
         name: full(value).cpu().contiguous()
         for name, value in model.state_dict().items()
         if name not in left_out
     }
     return state, sorted(left_out)
+
+
+def trunk(model: MultiTaskModel, trained: Collection[str]) -> set[str]:
+    """Names of the frozen tensors that the backbone's own weight source gives back."""
+    if model.backbone.base_digest is None:
+        return set()
+    return {f"backbone.net.{name}" for name, _ in model.backbone.net.named_parameters()} - set(trained)
 
 
 def save(
@@ -213,6 +218,7 @@ def load_weights(model: MultiTaskModel, saved: Saved, where: str) -> None:
     with torch.no_grad():
         for name, value in saved.weights.items():
             put(own[name], value)
+    model.changed |= set(saved.weights)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -69,7 +69,11 @@ class PhaseRun:
         if saved is not None and not starts_here:
             self._restore(saved)
             checkpoint.load_optimizer_state(self.optimizer, saved.state["optimizer"])
+            if self.learner is not None:
+                self.learner.load_state_dict(saved.state["meta"])
         self._loop()
+        for action in self.phase.actions:
+            action.leave(self.model)
         self.position.phase, self.position.epoch, self.position.step = self.index + 1, 0, 0
         self.trainer.save("last", self.optimizer)
 
@@ -84,9 +88,9 @@ class PhaseRun:
     def _prepare(self) -> None:
         data = self.recipe.data
         self.samples = data.open(self.recipe.run.train_split, self.tasks, train=True, seed=self.seed)
-        self.optimizer = self.optim.optimizer(
-            self.model, list(self.trainer.balancer.parameters()), data.batch_size
-        )
+        self.learner = self.trainer.learner = self.trainer.build_learner(self.phase)
+        extra = [*self.trainer.balancer.parameters(), *(self.learner.parameters() if self.learner else ())]
+        self.optimizer = self.optim.optimizer(self.model, extra, data.batch_size)
         self.setup = StepSetup(
             tasks=self.tasks,
             balancer=self.trainer.balancer,
@@ -95,6 +99,7 @@ class PhaseRun:
             partition=self.model.partition(),
             clip_norm=self.optim.clip_norm,
             bf16=self.trainer.bf16,
+            learner=self.learner,
         )
         self.steps_per_epoch = len(self._loader(0, 0))
         self.steps = self.phase.steps or (self.phase.epochs or 0) * self.steps_per_epoch
@@ -146,6 +151,8 @@ class PhaseRun:
         done = place.epoch * self.steps_per_epoch + place.step
         if self.scheduler is not None:
             self.scheduler.step_update(max(done - 1, 0))  # the official loops set the rate after update k
+        for action in self.phase.actions:
+            action.before_step(self.model, done, self.steps, self.seed)
         seed_all(self.recipe.seed, place.global_step, parallel.rank())
         batch = to_device(batch, self.trainer.device)
         where = f"phase {self.phase.name!r}, step {place.global_step + 1}"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polytask.balancers.base import Balancer
 from polytask.errors import ConfigError, NonFiniteLossError
+from polytask.meta import Learner
 from polytask.model import MultiTaskModel
 from polytask.parallel import (
     finite,
@@ -51,6 +55,7 @@ class StepSetup:
         partition: shared, per-task and frozen parameters of the model.
         clip_norm: largest global gradient norm, None for no limit.
         bf16: run the forward pass under bfloat16 autocast.
+        learner: makes the losses instead of a plain forward pass.
     """
 
     tasks: TaskSet
@@ -60,6 +65,7 @@ class StepSetup:
     partition: Partition
     clip_norm: float | None = None
     bf16: bool = False
+    learner: Learner | None = None
 
 
 def train_step(
@@ -80,7 +86,11 @@ def train_step(
     """
     setup.optimizer.zero_grad(set_to_none=True)
     generators = generator_states()
-    passes = [_forward(model, part, setup) for part in _divide(batch, setup.balancer.batches)]
+    learner = setup.learner
+    if learner is None:
+        passes = [_forward(model, part, setup) for part in _divide(batch, setup.balancer.batches)]
+    else:
+        passes = [(_meta_losses(model, batch, setup, learner, where), Output({}))]
     values = _global_values([losses for losses, _ in passes])
     if not setup.balancer.tolerates(values):
         raise _non_finite_loss(values, batch["id"], where)
@@ -97,7 +107,8 @@ def train_step(
         weights = setup.balancer.backward(losses, setup.partition, output.frontier, others) if losses else {}
     except NonFiniteLossError as error:
         raise NonFiniteLossError(error.what, where=where, got=_ids(batch["id"]), hint=_HINT) from None
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trainable = itertools.chain(model.parameters(), [] if learner is None else learner.parameters())
+    parameters = [p for p in trainable if p.requires_grad]
     sum_gradients(parameters)
     norm = gradient_norm(parameters)
     if not torch.isfinite(norm):
@@ -105,29 +116,73 @@ def train_step(
     if setup.clip_norm is not None:
         scale_gradients(parameters, setup.clip_norm / (norm + 1e-6))
     setup.optimizer.step()
+    if learner is not None:
+        learner.move()
     if setup.balancer.looks_back and losses:
         with torch.no_grad(), replayed(generators), statistics_kept(model):
             again, after = _forward(model, batch, setup)
         setup.balancer.after_step(setup.objective.select(_finite(again, values), after.penalties)[0])
-    stats = {**_floats(output.stats), **setup.balancer.stats}
+    stats = {**_floats(output.stats), **setup.balancer.stats, **({} if learner is None else learner.stats())}
     return StepLog(values, weights, _floats(penalties), stats, float(norm))
 
 
-def _forward(model: MultiTaskModel, batch: Sample, setup: StepSetup) -> tuple[dict[str, Tensor], Output]:
+def _forward(
+    model: MultiTaskModel, batch: Sample, setup: StepSetup, changed: Mapping[str, Tensor] | None = None,
+    only: Sequence[str] = (),
+) -> tuple[dict[str, Tensor], Output]:  # fmt: skip
+    """Losses and output for all tasks, or some, with the model's parameters, or some changed."""
+    inputs = (batch["image"], tuple(only or setup.tasks))
     with torch.autocast(batch["image"].device.type, torch.bfloat16, enabled=setup.bf16):
-        output = model(batch["image"], tuple(setup.tasks))
+        output: Output = model(*inputs) if changed is None else functional_call(model, dict(changed), inputs)
     logits = {task: x.float() for task, x in output.logits.items()}
     return setup.tasks.losses(logits, batch, total), output
 
 
-def _divide(batch: Sample, count: int) -> list[Sample]:
-    """So many independent batches."""
+def _meta_losses(
+    model: MultiTaskModel, batch: Sample, setup: StepSetup, learner: Learner, where: str
+) -> dict[str, Tensor]:
+    """One pass per task and inner step.
+
+    Raises:
+        NonFiniteLossError: see ``Learner.losses``.
+    """
+    parts = _divide(batch, learner.parts, alternating=True)
+    factors = setup.objective.losses or {}
+    weights = {name: task.weight * factors.get(name, 1.0) for name, task in setup.tasks.items()}
+
+    def loss_of(task: str, part: int, parameters: Mapping[str, Tensor], *, last: bool) -> Tensor | None:
+        with nullcontext() if last else statistics_kept(model):
+            return _forward(model, parts[part], setup, parameters, (task,))[0].get(task)
+
+    try:
+        with _twice_differentiable(model) if learner.second_order else nullcontext():
+            return learner.losses(loss_of, weights)
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(error.what, where=where, got=_ids(batch["id"]), hint=error.hint) from None
+
+
+@contextmanager
+def _twice_differentiable(model: MultiTaskModel) -> Iterator[None]:
+    """Without the fused operations, which have one derivative."""
+    streams = model.backbone.streams
+    streams.plain = True
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        streams.plain = False
+
+
+def _divide(batch: Sample, count: int, *, alternating: bool = False) -> list[Sample]:
+    """So many independent batches; alternating ones are the same for any number of processes."""
     size = len(batch["id"])
     if size < count:
-        what = f"the balancer needs {count} independent batches, which the batch is divided into"
+        what = f"a step needs {count} independent batches, which the batch is divided into"
         raise ConfigError(what, where="data.batch_size", got=f"{size} samples in a process")
-    edges = [size * k // count for k in range(count + 1)]
-    return [{k: v[start:end] for k, v in batch.items()} for start, end in itertools.pairwise(edges)]
+    edges = itertools.pairwise(size * k // count for k in range(count + 1))
+    alternate = [slice(k, None, count) for k in range(count)]
+    pieces = alternate if alternating else [slice(*pair) for pair in edges]
+    return [{k: v[piece] for k, v in batch.items()} for piece in pieces]
 
 
 _HINT = (

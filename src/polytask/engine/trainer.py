@@ -22,7 +22,9 @@ from polytask.engine.log import RunLog, check_trackers, make_trackers
 from polytask.engine.phase import PhaseRun, Position
 from polytask.errors import CheckpointError, ConfigError, PolytaskWarning
 from polytask.files import differences, dump_yaml, load_yaml, make_folder, to_json, write_text
+from polytask.meta import Learner
 from polytask.model import MultiTaskModel
+from polytask.phases import PhaseSpec
 from polytask.recipe import Recipe
 from polytask.seeding import seed_all
 
@@ -102,7 +104,11 @@ class Trainer:
         self.bf16 = recipe.run.precision == "bf16"
         self.validation = self._open_data()
         seed_all(recipe.seed)
-        self.model: MultiTaskModel = recipe.model.build(self.tasks, recipe.data.image_size).to(self.device)
+        with warnings.catch_warnings():
+            if self.saved is not None:  # its weights replace random ones, which are warned of
+                warnings.simplefilter("ignore", PolytaskWarning)
+            model = recipe.model.build(self.tasks, recipe.data.image_size)
+        self.model: MultiTaskModel = model.to(self.device)
         self.balancer = recipe.balancer.build(self.tasks).to(self.device)
         self.balancer.seed = recipe.seed
         if recipe.run.parallel == "fsdp":
@@ -110,12 +116,23 @@ class Trainer:
             parallel.shard(self.model.backbone.net, blocks, self.device)
         for action in (action for phase in recipe.phases for action in phase.actions):
             action.check(self.model)
+        self.learner: Learner | None = None
+        for phase in recipe.phases:
+            self.build_learner(phase)
         self.changed: set[str] = set()
         """Parameters that no longer have the values the backbone was built with."""
         self.position = Position()
         _warn_of_normalization(recipe)
         self._rehearse()
         parallel.first(self._claim_folder)
+
+    def build_learner(self, phase: PhaseSpec) -> Learner | None:
+        """What makes the losses of a phase with ``meta``; raises as ``Meta.build``."""
+        if phase.meta is None:
+            return None
+        factors = phase.objective.losses
+        tasks = [name for name in self.recipe.phase_tasks(phase) if factors is None or name in factors]
+        return phase.meta.build(self.model, tasks).to(self.device)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -199,6 +216,7 @@ class Trainer:
             "position": dataclasses.asdict(self.position),
             "optimizer": checkpoint.optimizer_state(optimizer),
             "balancer": {k: v.cpu() for k, v in self.balancer.state_dict().items()},
+            "meta": {k: v.cpu() for k, v in self.learner.state_dict().items()} if self.learner else {},
         }
         manifest = {
             "step": self.position.global_step,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +221,28 @@ def test_pretrained_without_a_network(tmp_path: Path, monkeypatch: pytest.Monkey
         ) as e:
             BackboneSpec(name=name, pretrained=True).build((224, 224))
         assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("layout", ["official", "timm"])
+def test_tables_of_another_window_are_resized_bicubically(layout: str, tmp_path: Path) -> None:
+    state = swin().state_dict()
+    path = write(tmp_path / "swin.pth", official(state) if layout == "official" else state)
+    wide = {**SWIN, "options": {**SWIN["options"], "window_size": 8}}
+    net = backbone_spec(wide, weights=str(path)).build((128, 128)).net
+    name = "layers.1.blocks.1.attn.relative_position_bias_table"
+    table = state[name].T.reshape(1, 2, 7, 7)
+    wanted = torch.nn.functional.interpolate(table, (15, 15), mode="bicubic", align_corners=False)
+    assert torch.equal(net.state_dict()[name], wanted.reshape(2, -1).T)
+
+
+def test_a_training_checkpoint_with_settings(tmp_path: Path) -> None:
+    """What Microsoft's repository saves while it trains: settings of yacs beside the weights."""
+    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    modules = {name: types.ModuleType(name) for name in ("yacs", "yacs.config")}
+    modules["yacs.config"].CfgNode = node  # type: ignore[attr-defined]
+    path = tmp_path / "ckpt_epoch_299.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        torch.save({"model": official(swin().state_dict()), "epoch": 299, "config": node(A=node(B=1))}, path)
+    assert loaded(path).base_digest == loaded(write(tmp_path / "bare.pth", swin().state_dict())).base_digest
