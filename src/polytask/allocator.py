@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let glibc reuse freed blocks of up to 1 GB instead of returning them to the system.
 
     By default every tensor above 32 MB is mapped anew, and touching its fresh pages costs more than most
-    elementwise operations on it (see ``benchmarks/mtlora_step.py``). Affects this process only.
+    elementwise operations on it (see ``benchmarks/mtlora.py``). Affects this process only.
 
     Returns:
         whether the C library took the setting (it is glibc's).

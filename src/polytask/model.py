@@ -15,6 +15,7 @@ from polytask import adapters as _adapters  # noqa: F401 - registers
 from polytask import necks as _necks  # noqa: F401 - registers
 from polytask import types
 from polytask.adapters.base import Adapter, adapt, fold_batch_norms, merged
+from polytask.backbones.swin import fuse_attention
 from polytask.backbones.timm import Backbone, BackboneSpec
 from polytask.config import Slot, Spec
 from polytask.errors import ConfigError, PolytaskWarning, did_you_mean
@@ -146,6 +147,7 @@ class MultiTaskModel(nn.Module):
         assert isinstance(copy, MultiTaskModel)
         for head in copy.heads.values():
             fold_batch_norms(head)
+        fuse_attention(copy)
         return copy
 
 

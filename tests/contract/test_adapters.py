@@ -164,6 +164,24 @@ def test_one_task_costs_no_more_than_all(variant: str, backbone: str) -> None:
     assert costs == sorted(costs) and costs[0] < costs[2]
 
 
+@each_but_sum
+@pytest.mark.parametrize("folded", [False, True])
+def test_one_task_of_many_costs_what_a_model_of_that_task_costs(
+    variant: str, backbone: str, folded: bool
+) -> None:
+    settings = {**VARIANTS[variant]}
+    for field in ("task_rank", "task_scale"):
+        if isinstance(settings.get(field), dict):
+            settings[field] = {"normals": settings[field]["normals"]}
+    alone = build(
+        model_spec(BACKBONES[backbone], adapter=settings), TASKS.subset(["normals"], "tasks")
+    ).eval()
+    many = make(variant, backbone)
+    if folded:
+        alone, many = alone.merged(), many.merged()
+    assert count_macs(many, image(1), ("normals",)) == count_macs(alone, image(1), ("normals",))
+
+
 @each_with_branches
 def test_frozen_weights_stay_and_trained_ones_move(variant: str, backbone: str) -> None:
     model = make(variant, backbone, branches=0).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from polytask.adapters.base import adapt
 from polytask.adapters.mtlora import MTLoRA
+from polytask.backbones import streams
 from polytask.backbones.streams import StreamPlan
 from polytask.backbones.timm import ROLES, Backbone
 from polytask.errors import UnsupportedBackboneError
@@ -180,22 +182,35 @@ def test_absent_tasks_change_nothing(name: str) -> None:
     assert gap(both["a"], both["b"]) > 1e-3
 
 
+def gradients_of(name: str, stages: tuple[int, ...], dropout: float) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    backbone = backbone_spec({**ADAPTABLE[name], "recompute": stages}).build(SIZE)
+    adapt(backbone, MTLoRA(rank=2, task_rank=2, dropout=dropout), TASKS)
+    shake(backbone, 0.1, lambda path: path.endswith(".B"))
+    backbone.train()
+    torch.manual_seed(1)
+    pyramids = backbone(image(), TASKS)
+    sum(materialize(level).square().mean() for task in TASKS for level in pyramids.of(task)).backward()
+    found = {path: p.grad for path, p in backbone.named_parameters() if p.grad is not None}
+    assert len(found) > 10
+    return found
+
+
 @pytest.mark.parametrize("name", ["swin", "swin_merged", "vit", "davit"])
 def test_recompute_gives_the_same_gradients(name: str) -> None:
-    gradients = []
-    for stages in ((), (0, 3)):
-        settings = {**ADAPTABLE[name], "recompute": stages}
-        torch.manual_seed(0)
-        backbone = backbone_spec(settings).build(SIZE)
-        adapt(backbone, MTLoRA(rank=2, task_rank=2, dropout=0.1), TASKS)
-        shake(backbone, 0.1, lambda path: path.endswith(".B"))
-        backbone.train()
-        torch.manual_seed(1)
-        pyramids = backbone(image(), TASKS)
-        sum(materialize(level).square().mean() for task in TASKS for level in pyramids.of(task)).backward()
-        gradients.append({path: p.grad for path, p in backbone.named_parameters() if p.grad is not None})
-    assert len(gradients[0]) > 10
-    assert gap(*gradients) == 0.0
+    assert gap(gradients_of(name, (), 0.0), gradients_of(name, (0, 3), 0.0)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["swin", "vit"])
+def test_recompute_drops_again_what_was_dropped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recomputed = gradients_of(name, (0, 3), 0.1)
+
+    def keep(call: Callable[..., Tensor], *args: Any, use_reentrant: bool, **options: Any) -> Tensor:
+        assert not use_reentrant
+        return call(*args, **options)
+
+    monkeypatch.setattr(streams, "checkpoint", keep)
+    assert gap(recomputed, gradients_of(name, (0, 3), 0.1)) == 0.0
 
 
 def test_after_merge_is_the_next_stage_merge_of_before_merge() -> None:

@@ -6,6 +6,7 @@ that memory traffic costs more than the branches' arithmetic. Here every stream 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ def branched_linear(
         bias: ``[out]`` or None, frozen.
         shared: A ``[r, in]`` and B ``[out, r]`` (scaled), or None to leave the branch out.
         tasks: A ``[T, r, in]`` and B ``[T, out, r]`` (scaled); None with one stream.
-        drop: what dropout drops, bool ``[M, in]``, of the shared branch's input (of all branches if narrow);
-            the rest must be scaled up in the factors.
+        drop: what dropout drops of the shared branch's input ``[M, in]`` (of all branches if narrow), see
+            ``draw_dropped``; the rest must be scaled up in the factors.
         layout: see ``Layout``.
 
     Returns:
@@ -70,13 +71,12 @@ class _BranchedLinear(torch.autograd.Function):
         streams, narrow, _ = layout
         rows = x.shape[0] if narrow else x.shape[0] // streams
         first = x[:rows]
-        dropped = first if drop is None else torch.where(drop, 0.0, first)
+        dropped = _drop(first, drop)
         y = x.new_empty(streams, rows, weight.shape[0])
         base = y[0]
-        if bias is None:
-            torch.mm(first, weight.t(), out=base)
-        else:
-            torch.addmm(bias, first, weight.t(), out=base)
+        torch.mm(first, weight.t(), out=base)
+        if bias is not None:  # apart: `addmm` first fills its output with the bias, which costs more
+            base += bias
         shared_low = None if shared_a is None else dropped @ shared_a.t()
         if layout.shared_in_tasks and shared_low is not None and shared_b is not None:
             base.addmm_(shared_low, shared_b.t())
@@ -102,7 +102,7 @@ class _BranchedLinear(torch.autograd.Function):
         rows = x.shape[0] if narrow else x.shape[0] // streams
         g = gradient.reshape(streams, rows, -1)
         first = x[:rows]
-        dropped = first if drop is None else torch.where(drop, 0.0, first)
+        dropped = _drop(first, drop)
         base = g.sum(0) if streams > 1 else g[0]
         grad_shared_a = grad_shared_b = grad_a = grad_b = lows = None
         into_shared = []
@@ -121,35 +121,46 @@ class _BranchedLinear(torch.autograd.Function):
             grad_a = (flat.t() @ dropped).view_as(task_a)
             into_shared.append((flat, task_a.flatten(0, 1)))
         grad_x = torch.empty_like(x)
-        torch.mm(base, weight, out=grad_x[:rows])
-        _add_branches(grad_x[:rows], into_shared, drop)
+        _write_branches(grad_x[:rows], into_shared, drop)
+        grad_x[:rows].addmm_(base, weight, beta=1 if into_shared else 0)  # 0 also where it holds no number
         if lows is not None and not narrow:
             grad_a = torch.bmm(lows.transpose(1, 2), x.view(streams, rows, -1)[1:])
             torch.bmm(lows, task_a, out=grad_x.view(streams, rows, -1)[1:])
         return grad_x, None, None, grad_shared_a, grad_shared_b, grad_a, grad_b, None, None
 
 
-def _add_branches(grad_x: Tensor, branches: list[tuple[Tensor, Tensor]], drop: Tensor | None) -> None:
-    """Add what flows back through branches that read the (dropped) shared stream."""
+def _write_branches(grad_x: Tensor, branches: list[tuple[Tensor, Tensor]], drop: Tensor | None) -> None:
+    """Write what flows back through branches that read the (dropped) shared stream."""
     if not branches:
         return
     left = torch.cat([low for low, _ in branches], 1) if len(branches) > 1 else branches[0][0]
     right = torch.cat([a for _, a in branches]) if len(branches) > 1 else branches[0][1]
-    if drop is None:
-        grad_x.addmm_(left, right)
-    else:
-        grad_x += torch.where(drop, 0.0, left @ right)
+    torch.mm(left, right, out=grad_x)
+    if drop is not None:
+        _drop_(grad_x, drop)
 
 
-def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
-    """A bool mask of what dropout drops, and what to multiply the rest with.
+def draw_dropped(like: Tensor, probability: float) -> Tensor:
+    """What dropout drops: on CUDA a bool mask, else flat places in ascending order, ``[n]``.
 
-    On CPU four 16-bit draws come out of each 64 random bits, since drawing costs more than the branch; the
-    probability is then exact to 2^-16, and the multiplier fits the probability drawn with.
+    Each element is dropped on its own with this probability: the gaps between such places are geometric.
+    Drawing a few gaps and writing a few zeros costs a third of drawing and applying a mask.
     """
     if like.is_cuda:
-        return torch.rand_like(like, dtype=torch.float32) < probability, 1 / (1 - probability)
-    threshold = min(round(probability * 65536), 65535) - 32768
-    words = torch.empty((like.numel() + 3) // 4, dtype=torch.int64)
-    words.random_(torch.iinfo(torch.int64).min, None)
-    return words.view(torch.int16)[: like.numel()].view(like.shape) < threshold, 65536 / (32768 - threshold)
+        return torch.rand_like(like, dtype=torch.float32) < probability
+    count, mean = like.numel(), like.numel() * probability
+    enough = int(mean + 10 * math.sqrt(mean)) + 20  # ten standard deviations
+    places = torch.empty(enough, dtype=torch.int64).geometric_(probability).cumsum_(0).sub_(1)
+    return places[: int(torch.searchsorted(places, count))]
+
+
+def _drop(x: Tensor, drop: Tensor | None) -> Tensor:
+    return x if drop is None else _drop_(x.clone(memory_format=torch.contiguous_format), drop)
+
+
+def _drop_(x: Tensor, drop: Tensor) -> Tensor:
+    """In place; x is contiguous."""
+    if drop.dtype == torch.bool:
+        return x.masked_fill_(drop, 0.0)
+    x.view(-1).scatter_(0, drop, 0.0)
+    return x

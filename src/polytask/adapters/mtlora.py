@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.adapters.base import Adapter, Branch, Mergeable
-from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
+from polytask.adapters.lowrank import Layout, branched_linear, draw_dropped
 from polytask.backbones.streams import Factors, LinearMap, StreamPlan, Streams
 from polytask.backbones.timm import Backbone, is_narrow
 from polytask.config import register
@@ -215,6 +215,12 @@ class LowRank(Branch):
         nn.init.uniform_(self.A, -bound, bound)
 
 
+def _padded(matrix: Tensor, width: int, dim: int) -> Tensor:
+    """With zeros up to ``width`` rows (dim 0) or columns."""
+    spare = width - matrix.shape[dim]
+    return F.pad(matrix, (0, spare) if dim else (0, 0, 0, spare)) if spare else matrix
+
+
 class TaskLinear(LinearMap, Mergeable):
     """A frozen linear layer with one shared low-rank branch and one per task.
 
@@ -267,13 +273,14 @@ class TaskLinear(LinearMap, Mergeable):
         if skip and not active:
             return self.base(x)  # type: ignore[no-any-return]
         flat = x.reshape(-1, x.shape[-1])
-        mask, gain = None, 1.0
+        drop, gain = None, 1.0
         if self.training and self.dropout and not (skip and not narrow):
-            mask, gain = dropout_mask(flat if narrow else flat[: len(flat) // streams], self.dropout)
+            drop = draw_dropped(flat if narrow else flat[: len(flat) // streams], self.dropout)
+            gain = 1 / (1 - self.dropout)
         shared = None if skip or branch is None else (branch.A * gain, branch.B * branch.scale)
         tasks = self._stack(active, gain if narrow else 1.0) if active else None
         layout = Layout(streams, narrow, self.mode == "matrixv2")
-        y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, mask, layout)
+        y = branched_linear(flat, self.base.weight, self.base.bias, shared, tasks, drop, layout)
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     def _composed(self, x: Tensor, active: list[str]) -> Tensor:
@@ -299,8 +306,8 @@ class TaskLinear(LinearMap, Mergeable):
         """A times ``gain`` and B times its scale, zero-padded to the largest rank (exact)."""
         branches: list[LowRank] = [self.tasks[task] for task in active]  # type: ignore[misc]
         width = max(len(branch.A) for branch in branches)
-        a = [F.pad(branch.A * gain, (0, 0, 0, width - len(branch.A))) for branch in branches]
-        b = [F.pad(branch.B * branch.scale, (0, width - len(branch.A))) for branch in branches]
+        a = [_padded(branch.A * gain, width, 0) for branch in branches]
+        b = [_padded(branch.B * branch.scale, width, 1) for branch in branches]
         return torch.stack(a), torch.stack(b)
 
     @staticmethod

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -173,6 +174,9 @@ class Fork(nn.Module):
         super().__init__()
         self.block, self.streams = block, streams
         self.stage, self.carry, self.recompute = stage, carry, recompute
+        mlp = getattr(block, "mlp", None)
+        if recompute and type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity):  # treats every token alone
+            mlp.forward = InPieces(mlp, streams)  # type: ignore[method-assign]  # keeps all names
 
     def forward(self, x: Tensor, *extra: Any, **options: Any) -> Tensor:
         """Tokens of the shared stream ``[B, ...]`` -> the same, or ``[S * B, ...]`` with ``carry``.
@@ -205,6 +209,31 @@ class Fork(nn.Module):
             y: Tensor = self.block(streams.repeat(x), *extra, **options)
         finally:
             streams.origin = None
+            streams.active, streams.skip_final_shared = before
+        return y
+
+
+class InPieces:
+    """``forward`` of a recomputed block's MLP, its widest part: an eighth of the tokens at a time."""
+
+    def __init__(self, mlp: nn.Module, streams: Streams) -> None:
+        self.mlp, self.streams = mlp, streams
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[S * B, L, C]`` -> the same."""
+        if not torch.is_grad_enabled():
+            return type(self.mlp).forward(self.mlp, x)  # type: ignore[no-any-return]
+        now = (self.streams.active, self.streams.skip_final_shared)
+        pieces = x.chunk(8, 1)
+        return torch.cat([checkpoint(self._run, now, piece, use_reentrant=False) for piece in pieces], 1)
+
+    def _run(self, now: tuple[tuple[str, ...], bool], x: Tensor) -> Tensor:
+        streams = self.streams
+        before = (streams.active, streams.skip_final_shared)
+        try:
+            streams.active, streams.skip_final_shared = now
+            y: Tensor = type(self.mlp).forward(self.mlp, x)
+        finally:
             streams.active, streams.skip_final_shared = before
         return y
 

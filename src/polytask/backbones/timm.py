@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from polytask.backbones.layouts import normed, read_layout, to_map
 from polytask.backbones.networks import create, digest
 from polytask.backbones.streams import Fork, MergePoint, Repeat, SharedOnly, StreamPlan, Streams, select
+from polytask.backbones.swin import quicken
 from polytask.config import Location, Spec
 from polytask.errors import ConfigError, UnsupportedBackboneError
 from polytask.types import Level, Pyramids, Site, materialize
@@ -85,6 +86,7 @@ class Backbone(nn.Module):
         self.channels = tuple(c for c, _ in levels)
         self.strides = tuple(s for _, s in levels)
         self.final_norm = _prune(net, self.indices, keep_norm=spec.final_norm)
+        quicken(net)
 
     # --- structure -------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polytask.adapters.lowrank import Layout, branched_linear, dropout_mask
+from polytask.adapters.lowrank import Layout, branched_linear, draw_dropped
 from polytask.adapters.mtlora import Branches, TaskLinear
 from polytask.backbones.streams import Streams
 
@@ -98,7 +98,8 @@ def test_without_streams_only_the_shared_branch_runs() -> None:
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_gradients_with_dropout_are_those_of_the_function(narrow: bool) -> None:
+@pytest.mark.parametrize("places", [False, True])
+def test_gradients_with_dropout_are_those_of_the_function(narrow: bool, places: bool) -> None:
     torch.manual_seed(0)
     rows, streams = 3, 3
     x = torch.randn(rows if narrow else rows * streams, 4, dtype=torch.float64, requires_grad=True)
@@ -108,6 +109,7 @@ def test_gradients_with_dropout_are_those_of_the_function(narrow: bool) -> None:
         for shape in ((2, 4), (5, 2), (2, 3, 4), (2, 5, 3))
     ]
     drop = torch.rand(rows, 4) < 0.4
+    drop = drop.flatten().nonzero()[:, 0] if places else drop
 
     def run(x: Tensor, a: Tensor, b: Tensor, task_a: Tensor, task_b: Tensor) -> Tensor:
         layout = Layout(streams, narrow, False)
@@ -126,19 +128,33 @@ def test_dropped_inputs_reach_no_branch() -> None:
     assert len(y[0].unique(dim=0)) > 1  # rows differ by their masks alone
 
 
-def test_mask_has_the_probability_and_keeps_the_mean() -> None:
+def test_every_place_drops_alone_with_the_probability() -> None:
     torch.manual_seed(0)
-    mask, gain = dropout_mask(torch.empty(1000, 1001), 0.05)
-    assert mask.dtype == torch.bool
-    assert abs(mask.double().mean() - 0.05) < 0.001
-    assert abs(gain - 1 / 0.95) < 1e-4
+    dropped = torch.zeros(200, 5000)
+    for row in dropped:
+        places = draw_dropped(row, 0.05)
+        assert (places.diff() > 0).all() and places[0] >= 0 and places[-1] < len(row)
+        row[places] = 1.0
+    assert abs(dropped.mean() - 0.05) < 0.001
+    for end in (dropped[:, :200], dropped[:, -200:]):  # no end of the tensor differs
+        assert abs(end.mean() - 0.05) < 0.005
+    next_to_it = dropped[:, 1:][dropped[:, :-1] == 1]
+    assert abs(next_to_it.mean() - 0.05) < 0.005
 
 
-def test_mask_follows_the_generator() -> None:
+@pytest.mark.parametrize("probability", [0.001, 0.5, 0.99])
+def test_small_and_large_probabilities(probability: float) -> None:
+    torch.manual_seed(0)
+    counts = [len(draw_dropped(torch.empty(40, 25), probability)) for _ in range(400)]
+    deviation = (1000 * probability * (1 - probability) / 400) ** 0.5
+    assert abs(sum(counts) / 400 - 1000 * probability) < 4 * deviation
+
+
+def test_draws_follow_the_generator() -> None:
     torch.manual_seed(3)
-    one = dropout_mask(torch.empty(7, 5), 0.3)[0]
+    one = draw_dropped(torch.empty(7, 5), 0.3)
     torch.manual_seed(3)
-    assert torch.equal(one, dropout_mask(torch.empty(7, 5), 0.3)[0])
+    assert torch.equal(one, draw_dropped(torch.empty(7, 5), 0.3))
 
 
 def test_bfloat16_autocast() -> None:
