@@ -44,10 +44,10 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, C, h, w]`` -> gates ``[B, N]`` and factors ``[B]``; in training with noise on the gates.
 
-        In float32 whatever the precision of the network, so that the choice is stable.
+        In the precision of the weights, float32 as a rule, so that the choice is stable under autocast.
         """
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.logits(x.float())
+            logits = self.logits(x.to(self.gate.weight.dtype))
         gates, spread, factor = torch.split(logits, [self.gate.out_features // 2] * 2 + [1], 1)
         if self.training:
             gates = gates + spread * torch.randn_like(spread)
