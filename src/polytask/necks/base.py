@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -22,6 +23,10 @@ class Neck(nn.Module):
 
     channels: int
 
+    def usage(self) -> dict[str, dict[str, Tensor]]:
+        """How much each expert acted in the last pass, by module and task ``[N]``; if it has any."""
+        return {}
+
     def channels_of(self, task: str) -> int:  # noqa: ARG002
         """C of a task's map, where they differ."""
         return self.channels
@@ -39,6 +44,9 @@ class NeckSpec(Spec):
     """A fusion-side technique."""
 
     type: str
+
+    EXPERTS: ClassVar[bool] = False
+    """Whether its ``usage`` tells something."""
 
     @abstractmethod
     def build(

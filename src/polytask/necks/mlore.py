@@ -60,6 +60,7 @@ class MLoRE(NeckSpec):
     )
 
     PENALTIES: ClassVar[tuple[str, ...]] = ("expert_balance",)
+    EXPERTS: ClassVar[bool] = True
 
     def build(
         self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str], image_size: Size
@@ -171,18 +172,14 @@ class LevelMix(nn.Sequential):
 
 
 class ExpertNeck(Neck, Drainable, Mergeable):
-    """See ``MLoRE``. Leaves the penalty ``expert_balance`` and statistics of how often experts act.
-
-    Attributes:
-        usage: mean gates of the last forward pass, by task: ``[2, 4, N]`` (module, level, expert).
-    """
+    """See ``MLoRE``. Leaves the penalty ``expert_balance``."""
 
     def __init__(
         self, spec: MLoRE, channels: Sequence[int], tasks: Sequence[str], grid: Size, finest: Size
     ) -> None:
         super().__init__()
         self.spec, self.channels, self.grid, self.finest = spec, spec.width, grid, finest
-        self.usage: dict[str, Tensor] = {}
+        self._gates: dict[str, Tensor] = {}  # of the last pass, by task ``[8, N]``
         self.projections = nn.ModuleList(nn.Conv2d(c, spec.width, 1) for c in channels)
         first, second = (nn.ModuleList(ExpertModule(spec, tasks, grid) for _ in channels) for _ in range(2))
         self.first, self.second = first, second
@@ -229,7 +226,12 @@ class ExpertNeck(Neck, Drainable, Mergeable):
         importance = torch.stack([g.mean((0, 1)) for g in gates])  # [8, N]
         self.recorded_penalties["expert_balance"] = (importance.var(1) / importance.mean(1).square()).sum()
         by_task = torch.stack([g.detach().mean(1) for g in gates], 1)  # [T, 8, N]
-        self.usage = {t: u.unflatten(0, (4, 2)).transpose(0, 1) for t, u in zip(tasks, by_task, strict=True)}
+        self._gates = dict(zip(tasks, by_task, strict=True))
+
+    def usage(self) -> dict[str, dict[str, Tensor]]:
+        """Mean gates of the last forward pass, by module and task ``[N]``."""
+        names = [f"level {level + 1}, module {module + 1}" for level in range(4) for module in range(2)]
+        return {name: {t: gates[k] for t, gates in self._gates.items()} for k, name in enumerate(names)}
 
     def merged(self) -> ExpertNeck:
         """The same with one convolution per image, task and module, batch norms folded."""

@@ -77,7 +77,7 @@ class Router(nn.Module):
             return self.places.weight
         if not self.any_size:
             what, hint = "the router was made for another image size", "set model.neck.any_size=true"
-            got, expected = f"a grid of {height}x{width}", f"{self.grid[0]}x{self.grid[1]}"
+            got, expected = f"{height}x{width}", f"a grid of {self.grid[0]}x{self.grid[1]}"
             raise ConfigError(what, where="model.neck", got=got, expected=expected, hint=hint)
         warnings.warn(
             "an image of another size than the router was made for: its map of places is resized (published "
