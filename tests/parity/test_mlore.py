@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polytask.config import decode
-from polytask.convert.mlore import TASK_NAMES, convert_state, official_name
-from polytask.errors import CheckpointError
+from polytask.convert.mlore import convert_state, official_name
+from polytask.convert.mlore_shapes import TASK_NAMES
+from polytask.errors import CheckpointError, TaskMismatchError
 from polytask.model import ModelSpec, MultiTaskModel
 from polytask.necks.merged_experts import MergedModule
 from polytask.tasks import Depth, Edge, Normals, Saliency, Segmentation, TaskSet
@@ -204,5 +205,9 @@ def test_what_does_not_fit() -> None:
         convert_state({**given, "backbone.extra": torch.zeros(1)}, model)
     with pytest.raises(CheckpointError, match=r"missing backbone\.norm\.bias"):
         convert_state({k: v for k, v in given.items() if k != "backbone.norm.bias"}, model)
-    with pytest.raises(CheckpointError, match=r"has shape \(1, 25, 24\)|has shape"):
+    with pytest.raises(
+        CheckpointError, match=r"fea_fuse\.0\.weight has shape \(12, 24, 1, 1\), expected \(16"
+    ):
+        convert_state(given, blank("pascal", width=16))
+    with pytest.raises(TaskMismatchError, match="expected depth, edge, normals, semseg, got 'edge, human_p"):
         convert_state(given, blank("nyud"))

@@ -84,12 +84,13 @@ class Router(nn.Module):
             "figures are for one size)",
             PolytaskWarning, stacklevel=2,
         )  # fmt: skip
-        weight = self.places.weight.view(1, 1, *self.grid)
-        return (
-            F.interpolate(weight, (height, width), mode="bilinear", align_corners=False)
-            .flatten(1)
-            .view(1, -1)
-        )
+        return resized_places(self.places.weight, self.grid, (height, width))
+
+
+def resized_places(weight: Tensor, old: Size, new: Size) -> Tensor:
+    """The weight of each place of a grid ``[1, P]`` for another grid, bilinear."""
+    image = weight.view(1, 1, *old)
+    return F.interpolate(image, new, mode="bilinear", align_corners=False).flatten(1)
 
 
 def mixed_convolution(x: Tensor, gates: Tensor, kernels: Tensor, biases: Tensor) -> Tensor:
