@@ -15,12 +15,13 @@ from polytask import adapters as _adapters  # noqa: F401 - registers
 from polytask import necks as _necks  # noqa: F401 - registers
 from polytask import types
 from polytask.adapters.base import Adapter, adapt, fold_batch_norms, merged
+from polytask.backbones.streams import MergePoint, composable_weight
 from polytask.backbones.swin import fuse_attention
 from polytask.backbones.timm import Backbone, BackboneSpec
 from polytask.config import Slot, Spec
 from polytask.errors import ConfigError, PolytaskWarning, did_you_mean
 from polytask.heads import HeadSpec, HRNetHead, PooledHead
-from polytask.necks.base import NeckSpec
+from polytask.necks.base import Neck, NeckSpec
 from polytask.necks.fuse import FuseSpec
 from polytask.tasks.base import Task, TaskSet
 from polytask.types import Output, Partition, PerTask
@@ -96,7 +97,7 @@ class MultiTaskModel(nn.Module):
         changed: parameters that may no longer have the values the backbone was built with.
     """
 
-    def __init__(self, backbone: Backbone, neck: nn.Module, heads: PerTask) -> None:
+    def __init__(self, backbone: Backbone, neck: Neck, heads: PerTask) -> None:
         super().__init__()
         self.backbone, self.neck, self.heads = backbone, neck, heads
         backbone.own_streams_only = True
@@ -147,9 +148,18 @@ class MultiTaskModel(nn.Module):
         assert isinstance(copy, MultiTaskModel)
         for head in copy.heads.values():
             fold_batch_norms(head)
+        compose_projections(copy)
         fuse_attention(copy)
         return copy
 
 
 def _resize(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def compose_projections(model: MultiTaskModel) -> None:
+    """Multiply maps that stay pending in levels of task streams with the neck's own, once for all passes."""
+    for point in [module for module in model.backbone.modules() if isinstance(module, MergePoint)]:
+        weight = composable_weight(point.layer)
+        if weight is not None and model.backbone.plan.fork == "stage_end":
+            model.neck.compose(point.stage, weight)

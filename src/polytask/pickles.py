@@ -120,7 +120,7 @@ def read_checkpoint(path: Path) -> Any:
     """
     where = str(path)
     if not path.is_file():
-        raise CheckpointError("no such file", where=where)
+        raise CheckpointError("a folder, not a file" if path.is_dir() else "no such file", where=where)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

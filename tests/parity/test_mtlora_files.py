@@ -484,6 +484,14 @@ def test_settings_that_have_no_counterpart(changes: dict[str, Any], message: str
     assert [file.name for file in tmp_path.iterdir()] == ["official.yaml"]
 
 
+def test_other_files_are_no_settings(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("data: rooms\nmodel: {adapter: mtlora}\n")
+    what = r"own\.yaml: these are no settings of the official.*expected a key MODEL.*got 'data, model'"
+    with pytest.raises(ConfigError, match=what):
+        convert_settings("mtlora", tmp_path / "own.yaml", tmp_path / "recipe.yaml")
+    assert [file.name for file in tmp_path.iterdir()] == ["own.yaml"]
+
+
 def test_keys_of_forks_are_told(tmp_path: Path) -> None:
     with pytest.warns(
         PolytaskWarning, match="without a counterpart are passed over: MAML_MODE, METASGD_INIT"
@@ -537,7 +545,7 @@ def test_another_task_set(official: Any, tmp_path: Path) -> None:
     recipe = Run(tmp_path / "run").recipe
     three = recipe.model_copy(update={"tasks": {k: v for k, v in recipe.tasks.items() if k != "normals"}})
     with pytest.raises(
-        TaskMismatchError, match="expected human_parts, sal, semseg, got 'human_parts, normals"
+        TaskMismatchError, match=r"matrix\.pth: .*expected human_parts, sal, semseg, got 'human_parts, nor"
     ):
         load_official("mtlora", tmp_path / "matrix.pth", three)
 
@@ -591,6 +599,9 @@ def test_bad_files(official: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     torch.save({"model": {"w": torch.ones(1)}, "config": Malice(tmp_path / "ran")}, tmp_path / "bad.pth")
     torch.save({"model": {"layers.0.weight": torch.ones(1)}}, tmp_path / "foreign.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    content = read_checkpoint(good)
+    content["model"]["backbone.patch_embed.proj.weight"][0, 0, 0, 0] = torch.nan
+    torch.save({"model": content["model"]}, tmp_path / "nan.pth")
     (tmp_path / "exists").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for words, code, message in [
@@ -599,7 +610,8 @@ def test_bad_files(official: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
         ((tmp_path / "foreign.pth",), 4, "this is no MTLoRA checkpoint"),
         ((tmp_path / "empty.pth",), 4, "holds no tensors by name"),
         ((tmp_path / "none.pth",), 4, "no such file"),
-        ((tmp_path / "exists",), 4, "no such file"),
+        ((tmp_path / "exists",), 4, "a folder, not a file"),
+        ((tmp_path / "nan.pth",), 4, "1 tensors hold values that are not finite, first "),
         ((tmp_path / "none.yaml",), 2, "settings cannot be read"),
         ((good, "--config", tmp_path / "none.yaml"), 2, "settings cannot be read"),
         ((good, "--set", "model.adapter.rank=16"), 4, r"lora_shared_A has shape (4, 8), expected (16, 8)"),

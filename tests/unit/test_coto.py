@@ -18,8 +18,9 @@ from polytask.model import MultiTaskModel
 from polytask.phases import CoTo, shared_branches
 from polytask.recipe import Recipe
 from polytask.runs import Run
+from polytask.types import materialize
 from tests.conftest import train_quietly
-from tests.helpers import build, gap, image, model_spec, shake
+from tests.helpers import MERGED_SWIN, build, gap, image, model_spec, shake
 from tests.unit.adapters.test_lowrank import layer
 
 Make = Callable[..., Recipe]
@@ -113,7 +114,28 @@ def test_the_map_between_stages_takes_part() -> None:
     assert gap(model(image()).logits, off) < 1e-5
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_branches_of_plain_lora_take_part(dropout: float) -> None:
+    settings = {"type": "lora", "rank": 2, "layers": ["qkv", "fc1", "reduction"], "dropout": dropout}
+    model, plain = (build(model_spec(MERGED_SWIN, adapter=settings)).train() for _ in range(2))
+    plain.load_state_dict(model.state_dict())  # B is zero
+    shake(model, which=lambda name: name.endswith(".B.weight"))
+    everything = [materialize(x) for x in model.eval().backbone(image(), model.tasks).shared]
+    for branch in shared_branches(model.train()):
+        branch.on = False
+    logits = model(image()).logits
+    assert gap(logits, plain(image()).logits) < 1e-5
+    sum(x.square().sum() for x in logits.values()).backward()
+    assert not any(p.grad is not None for n, p in model.named_parameters() if ".branch." in n)
+    again = [materialize(x) for x in model.eval().backbone(image(), model.tasks).shared]
+    assert gap(again, everything) == 0
+    CoTo().check(model)
+
+
 def test_needs_shared_branches() -> None:
+    of_tasks = {"type": "lora", "rank": 2, "per_task": True}
+    with pytest.raises(ConfigError, match="no shared branches"):
+        CoTo().check(build(model_spec(adapter=of_tasks)))
     with pytest.raises(ConfigError, match="no shared branches"):
         CoTo().check(build(model_spec()))
 

@@ -163,10 +163,13 @@ def test_reptile_by_hand() -> None:
 # --- on a model --------------------------------------------------------------------------------------------
 
 
-def adapted(**settings: Any) -> MultiTaskModel:
-    adapter = {"type": "mtlora", "rank": 2, "task_rank": 2, "dropout": 0.0, **settings}
-    model = build(model_spec(adapter=adapter, head={"type": "hrnet", "width": 1})).train()
-    shake(model, which=lambda name: name.endswith(".B"))
+MTLORA = {"type": "mtlora", "rank": 2, "task_rank": 2, "dropout": 0.0}
+LORA = {"type": "lora", "rank": 2, "train": ["norm1"]}
+
+
+def adapted(kind: Mapping[str, Any] = MTLORA, **settings: Any) -> MultiTaskModel:
+    model = build(model_spec(adapter={**kind, **settings}, head={"type": "hrnet", "width": 1})).train()
+    shake(model, which=lambda name: name.endswith((".B", ".B.weight")))
     return model
 
 
@@ -205,9 +208,14 @@ def difference(found: Grads, expected: Grads) -> float:
     return max(float((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6)) for n in expected)
 
 
-@pytest.mark.parametrize("inner", ["tasks", "all"])
-def test_first_order_is_that_of_a_changed_copy(inner: Literal["tasks", "all"]) -> None:
-    model, data, lr = adapted(), batch(4), 0.05
+@pytest.mark.parametrize(
+    ("inner", "adapter"),
+    [("tasks", MTLORA), ("all", MTLORA), ("tasks", LORA | {"per_task": True}), ("all", LORA)],
+)
+def test_first_order_is_that_of_a_changed_copy(
+    inner: Literal["tasks", "all"], adapter: dict[str, Any]
+) -> None:
+    model, data, lr = adapted(adapter), batch(4), 0.05
     log = step(model, FOMAML(lr=lr, inner=inner).build(model, tuple(TASKS)), data)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     expected = in_place(model, data, lr, inner)

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from polytask.adapters.base import Adapter, Mergeable
+from polytask.adapters.base import Adapter, Branch, Mergeable
 from polytask.backbones.streams import Factors, LinearMap, Private, StreamPlan
 from polytask.backbones.timm import Backbone
 from polytask.config import register
@@ -66,7 +66,7 @@ class LoRA(Adapter):
         """The layer with its branch."""
         if site.role not in self.layers:
             return None
-        branch: nn.Module = Branch(layer, self.rank, self.alpha / self.rank, self.dropout)
+        branch: nn.Module = LoRABranch(layer, self.rank, self.alpha / self.rank, self.dropout)
         if self.per_task:
             branch = Private(branch, backbone.streams, plan.tasks)
         return LoRALinear(layer, branch)
@@ -76,7 +76,7 @@ class LoRA(Adapter):
         return any(part in name for part in self.train)
 
 
-class Branch(nn.Module):
+class LoRABranch(Branch):
     """``s B A x`` with A ``[rank, in]`` and B ``[out, rank]``; zero at the start."""
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, dropout: float) -> None:
@@ -94,7 +94,7 @@ class Branch(nn.Module):
 
 
 class LoRALinear(LinearMap, Mergeable):
-    """``W x + s B A x``; the branch is one ``Branch``, or ``Private`` ones of the tasks."""
+    """``W x + s B A x``; the branch is one ``LoRABranch``, or ``Private`` ones of the tasks."""
 
     def __init__(self, base: nn.Linear, branch: nn.Module) -> None:
         super().__init__()
@@ -102,21 +102,29 @@ class LoRALinear(LinearMap, Mergeable):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` -> ``[..., out]``."""
-        y: Tensor = self.base(x) + self.branch(x)
-        return y
+        y: Tensor = self.base(x)
+        return y if self._sits_out() else y + self.branch(x)
+
+    def _sits_out(self) -> bool:
+        return self.training and isinstance(self.branch, LoRABranch) and not self.branch.on
 
     def factors(self, task: str | None = None) -> Factors | None:
         """Those of the branch, or of the task's."""
         branch: nn.Module | None = self.branch
         if isinstance(branch, Private):
             branch = dict(branch.tasks.items()).get(task or "")
-        return Factors(branch.A.weight, branch.B.weight, branch.scale) if isinstance(branch, Branch) else None
+        if not isinstance(branch, LoRABranch):
+            return None
+        return Factors(branch.A.weight, branch.B.weight, branch.scale)
 
     def linear_weight(self) -> Tensor | None:
         """``W + s B A`` if the layer has no bias, one branch for all tasks and no active dropout."""
         own = self.factors()
-        dropping = isinstance(self.branch, Branch) and self.training and self.branch.dropout.p > 0
-        return None if own is None or dropping or self.base.bias is not None else self._sum(own)
+        dropping = isinstance(self.branch, LoRABranch) and self.training and self.branch.dropout.p > 0
+        return None if own is None or dropping or self.base.bias is not None else self._now(own)
+
+    def _now(self, own: Factors) -> Tensor:
+        return self.base.weight if self._sits_out() else self._sum(own)
 
     def _sum(self, own: Factors) -> Tensor:
         weight: Tensor = self.base.weight + own.scale * (own.B @ own.A)

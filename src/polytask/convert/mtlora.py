@@ -137,7 +137,9 @@ def export_state(recipe: Recipe, model: MultiTaskModel) -> dict[str, Tensor]:
     _refuse_foreign(recipe, model)
     adapter = recipe.model.adapter
     adapted = adapter.layers if isinstance(adapter, MTLoRA) else ()
-    derived = {name: value for name, value in model.named_buffers() if name.endswith(_DERIVED)}
+    derived = {  # masked pairs have -100 there, and minus infinity here
+        name: value.clamp(min=-100) for name, value in model.named_buffers() if name.endswith(_DERIVED)
+    }
     exported: dict[str, Tensor] = {}
     for name, value in {**model.state_dict(), **derived}.items():
         projects = name.startswith("neck.projections.")  # 1x1 convolutions there

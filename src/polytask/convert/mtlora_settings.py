@@ -118,7 +118,10 @@ class OfficialSettings(_Node):
 
 
 def known_settings(settings: Settings, where: str) -> OfficialSettings:
-    """Raises ConfigErrors for values of the wrong kind, or without a counterpart here."""
+    """Raises ConfigErrors for other files, and values of the wrong kind or without a counterpart here."""
+    if "MODEL" not in settings:
+        what, got = "these are no settings of the official MTLoRA code", ", ".join(map(str, settings))
+        raise ConfigError(what, where=where, expected="a key MODEL, among others", got=got or "no keys")
     return decode(OfficialSettings, settings, source=where)
 
 

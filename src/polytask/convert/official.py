@@ -18,7 +18,7 @@ from polytask.config import decode, encode
 from polytask.convert import SYSTEMS
 from polytask.engine import checkpoint
 from polytask.engine.phase import Position
-from polytask.errors import CheckpointError, ConfigError, PolytaskWarning, did_you_mean
+from polytask.errors import CheckpointError, ConfigError, PolytaskWarning, TaskMismatchError, did_you_mean
 from polytask.files import dump_yaml, make_folder, merge, new_folder, override, parse_yaml, write_text
 from polytask.model import MultiTaskModel
 from polytask.pickles import read_checkpoint, state_dict
@@ -85,6 +85,11 @@ def _filled(known: System, recipe: Recipe, state: State, file: Path) -> MultiTas
         converted = known.convert(state, model)
     except CheckpointError as error:
         raise CheckpointError(error.what, where=str(file), hint=error.hint) from None
+    except TaskMismatchError as error:
+        raise TaskMismatchError(error.what, where=str(file), got=error.got, expected=error.expected) from None
+    if wrong := [name for name, value in converted.items() if not value.isfinite().all()]:
+        what = f"{len(wrong)} tensors hold values that are not finite, first {wrong[0]}"
+        raise CheckpointError(what, where=str(file))
     model.load_state_dict(converted, strict=True)
     return model
 

@@ -145,9 +145,7 @@ def _branches(backbone: Backbone, task: str | None) -> dict[str, Factors]:
         if factors is None:
             hint = "branches must be the same for all tasks, or name the task whose own they are"
             what = f"{name} is no plain low-rank layer"
-            raise ConfigError(
-                what, where="PEFT", got=f"branches {'' if task is None else f'of {task} '}", hint=hint
-            )
+            raise ConfigError(what, where="PEFT", got=None if task is None else f"task {task}", hint=hint)
         found[_timm(name)] = factors
     if not found:
         raise ConfigError("the model has no low-rank branches", where="PEFT")

@@ -35,6 +35,12 @@ class Neck(nn.Module):
         """The channels of the levels that lie side by side in a task's map, fine to coarse."""
         return (self.channels_of(task),)
 
+    def compose(self, index: int, pending: Tensor) -> None:
+        """For inference only: the map that is pending of a level (``Factored``) stays this one from now on.
+
+        A neck that starts with a linear map may multiply the two once instead of in every pass.
+        """
+
     def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Maps of the asked tasks."""
         raise NotImplementedError

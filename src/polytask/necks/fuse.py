@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from polytask.config import register
 from polytask.errors import ConfigError
 from polytask.necks.base import Neck, NeckSpec, Size
-from polytask.types import Level, PerTask, Pyramids, materialize
+from polytask.types import Factored, Level, PerTask, Pyramids, materialize
 
 
 @register("neck")
@@ -52,13 +52,19 @@ class Projection(nn.ModuleList):
 
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Levels -> list of ``[B, c, H, W]``."""
-        return [_project(level, linear.weight) for level, linear in zip(levels, self, strict=True)]  # type: ignore[arg-type]
+        return [self._project(index, level) for index, level in enumerate(levels)]
 
+    def _project(self, index: int, level: Level) -> Tensor:
+        weight: Tensor = self[index].weight  # type: ignore[assignment]
+        if isinstance(level, Tensor):
+            return F.linear(level.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+        composed = self._buffers.get(f"composed_{index}")
+        return level.project(weight) if composed is None else Factored(level.source, composed).materialize()
 
-def _project(level: Level, weight: Tensor) -> Tensor:
-    if isinstance(level, Tensor):
-        return F.linear(level.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-    return level.project(weight)
+    def compose(self, index: int, pending: Tensor) -> None:
+        """See ``Neck.compose``."""
+        composed = (self[index].weight @ pending).detach()  # type: ignore[operator]
+        self.register_buffer(f"composed_{index}", composed, persistent=False)
 
 
 class Fuse(Neck):
@@ -77,6 +83,11 @@ class Fuse(Neck):
     def levels_of(self, task: str) -> tuple[int, ...]:  # noqa: ARG002
         """The projected (or raw) levels."""
         return self.levels
+
+    def compose(self, index: int, pending: Tensor) -> None:
+        """See ``Neck.compose``."""
+        for projection in self.projections.values():
+            projection.compose(index, pending)  # type: ignore[operator]
 
     def forward(self, pyramids: Pyramids, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Pyramids -> ``[B, C, H, W]`` per task at the finest level's size."""

@@ -103,6 +103,21 @@ def test_the_branch_that_nobody_reads_has_no_gradient_and_costs_nothing() -> Non
     assert count_macs(made, image(1), NAMES) - skipped == tokens * 2 * (4 * width + width)
 
 
+@pytest.mark.parametrize("layers", [ROLES, (*ROLES, "reduction")])
+def test_merged_models_multiply_projections_with_patch_merging_only_once(layers: tuple[str, ...]) -> None:
+    made = model(MERGED_SWIN, layers=layers)
+    merged, later = made.merged(), made.merged()
+    for projection in later.neck.projections.values():  # type: ignore[operator, union-attr]
+        projection._buffers.clear()  # as if each pass had to multiply them
+    wide = [8, 16, 32]  # channels before patch merging, which leads from 4C to 2C
+    products = sum(c * 2 * w * 4 * w for c, w in zip(made.neck.levels_of("depth"), wide, strict=False))
+    saved = count_macs(later, image(1), NAMES) - count_macs(merged, image(1), NAMES)
+    assert saved == len(NAMES) * products
+    for task, logits in later(image()).logits.items():
+        assert torch.equal(logits, merged(image()).logits[task])
+    assert merged.state_dict().keys() == later.state_dict().keys()
+
+
 def test_everything_may_train() -> None:
     made = model(SWIN, train="all", layers=(*ROLES, "qkv", "reduction")).train()
     assert not made.partition().frozen
