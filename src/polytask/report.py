@@ -224,7 +224,7 @@ def usage_charts(groups: Sequence[Group], count: int) -> dict[str, str]:
         chosen = dict.fromkeys(i * len(samples) // count for i in range(count))
         for index in chosen:
             model(samples[index]["image"][None])
-            for name, tasks in model.neck.usage().items():  # type: ignore[operator]
+            for name, tasks in model.neck.usage().items():
                 panel = panels.setdefault(name, dict.fromkeys(tasks, 0.0))
                 panels[name] = {t: panel[t] + gates.cpu().numpy() / len(chosen) for t, gates in tasks.items()}
         title = f"{group.name}: mean gate of each expert"
