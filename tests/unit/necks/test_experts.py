@@ -110,6 +110,8 @@ def test_merged_equals_unmerged(backbone: str, memory: str) -> None:
     torch.testing.assert_close(one["depth"], model(image(2)).logits["depth"], rtol=1e-4, atol=1e-5)
     names = {name for name, _ in merged.neck.named_buffers() if "bank" in name}
     assert any("kernels" in name for name in names) == (memory == "bank")
+    assert gap(merged.merged()(image()).logits, merged(image()).logits) < 1e-6
+    assert model(image(), ()).logits == merged(image(), ()).logits == {}
 
 
 @pytest.mark.parametrize("memory", ["bank", "on_the_fly"])
