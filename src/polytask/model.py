@@ -128,11 +128,11 @@ class MultiTaskModel(nn.Module):
                 raise ConfigError(f"the model has no task {task!r}", hint=did_you_mean(task, self.tasks))
         pyramids, frontier = self.backbone(image, asked), ()
         cut = torch.is_grad_enabled() and not pyramids.per_task
-        inside = cut and bool(types.partition(self.neck, self.tasks).shared)
-        if cut and not inside:
+        inner = types.partition(self.neck, self.tasks) if cut else Partition({}, {}, {})
+        if cut and not inner.shared:
             pyramids, frontier = pyramids.cut()
         maps = self.neck(pyramids, asked)
-        if inside:
+        if inner.shared and not any(inner.per_task.values()):
             frontier = tuple({id(x): x for x in maps.values()}.values())
         logits = {task: self.heads[task](maps[task]) for task in asked}
         sized = {task: _resize(x, image.shape[-2:]) if x.ndim == 4 else x for task, x in logits.items()}

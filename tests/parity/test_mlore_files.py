@@ -210,7 +210,8 @@ def test_a_size_that_nothing_tells(tmp_path: Path) -> None:
     file, changes = written(tmp_path, "nyud"), told("nyud")
     with pytest.raises(ConfigError, match=r"height and width of a canvas of 12 patches; .*data\.image_size="):
         convert_checkpoint("mlore", file, tmp_path / "run", changes=changes[:2])
-    with pytest.raises(CheckpointError, match="for images of 12 patches, the recipe for images of 64x64"):
+    sentence = "for images of 12 patches, the recipe for images of 64x64; set data.image_size to that size$"
+    with pytest.raises(CheckpointError, match=sentence):
         convert_checkpoint("mlore", file, tmp_path / "run", changes=[*changes[:2], "data.image_size=64"])
     with pytest.raises(ConfigError, match="no tensor tells the heads of a ViT of width 24"):
         convert_checkpoint("mlore", file, tmp_path / "run", changes=changes[::2])

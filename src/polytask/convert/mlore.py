@@ -117,10 +117,11 @@ def _on_grid(state: State, model: MultiTaskModel) -> dict[str, Tensor]:
     if old == new:
         return {**state, _POSITIONS: positions}
     if old is None or not neck.spec.any_size:
+        other = ", or model.neck.any_size=true to resize maps of places" if old else ""
         raise CheckpointError(
             f"the checkpoint is for {_size(old) if old else f'images of {count} patches'}, "
             f"the recipe for {_size(new)}",
-            hint="set data.image_size to that size, or model.neck.any_size=true to resize maps of places",
+            hint=f"set data.image_size to that size{other}",
         )
     warnings.warn(
         f"the checkpoint is for {_size(old)}; positions and the routers' maps of places are resized to "

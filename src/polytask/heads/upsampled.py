@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -50,7 +49,7 @@ class UpsampledConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> ``[B, C, factor h, factor w]``."""
         n, channels, height, width = x.shape
-        rows, columns = (_shifted(size, self.factor, x.device).to(x.dtype) for size in (height, width))
+        rows, columns = (_shifted(size, self.factor, x) for size in (height, width))
         taps = F.conv2d(x, self.weight.permute(2, 3, 0, 1).reshape(9 * channels, channels, 1, 1))
         # [B, 3 (row), 3 (column), C, h, w] -> columns enlarged and summed over their taps
         taps = taps.view(n, 3, 3, channels, height, width).permute(0, 3, 1, 4, 2, 5)
@@ -59,9 +58,13 @@ class UpsampledConv2d(nn.Conv2d):
         return high if self.bias is None else high + self.bias[:, None, None]
 
 
-@lru_cache(maxsize=16)
-def _shifted(size: int, factor: int, device: torch.device) -> Tensor:
-    """Bilinear interpolation as matrices ``[3, size, factor size]``, shifted for each tap of a 3x3 kernel."""
-    one = F.interpolate(torch.eye(size)[:, None], size * factor, mode="linear", align_corners=False)[:, 0]
+def _shifted(size: int, factor: int, like: Tensor) -> Tensor:
+    """Bilinear interpolation as matrices ``[3, size, factor size]``, shifted for each tap of a 3x3 kernel.
+
+    Made anew in each pass, which costs next to nothing: tensors kept from inference mode or an export would
+    be of no use outside of it.
+    """
+    one = torch.eye(size, device=like.device)[:, None]
+    one = F.interpolate(one, size * factor, mode="linear", align_corners=False)[:, 0]
     padded = F.pad(one, (1, 1))
-    return torch.stack([padded[:, k : k + size * factor] for k in range(3)]).to(device)
+    return torch.stack([padded[:, k : k + size * factor] for k in range(3)]).to(like.dtype)

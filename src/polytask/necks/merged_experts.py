@@ -29,31 +29,32 @@ class Bank(nn.Module):
         kernels, biases = module.experts.dense()
         self.register_buffer("biases", biases)
         self.register_buffer("kernels", kernels if memory == "bank" else None)
-        self.ranks = [expert.down.out_channels for expert in module.experts]  # type: ignore[union-attr]
-        factors = _factors(module) if memory == "on_the_fly" else (None, None)
-        for name, factor in zip(("down", "up"), factors, strict=True):
+        factors = _factors(module) if memory == "on_the_fly" else (None, None, None)
+        for name, factor in zip(("down", "up", "owner"), factors, strict=True):
             self.register_buffer(name, factor)
 
     kernels: Tensor | None
     biases: Tensor
     down: Tensor
     up: Tensor
+    owner: Tensor
 
     def forward(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``[G, N]`` -> kernels ``[G, C, 9 C]`` and biases ``[G, C]``."""
         if self.kernels is not None:
             mixed = (gates @ self.kernels.flatten(1)).view(len(gates), *self.kernels.shape[1:])
         else:
-            spread = gates.repeat_interleave(torch.tensor(self.ranks, device=gates.device), 1)  # [G, R]
-            mixed = (self.up * spread[:, None]) @ self.down
+            mixed = (self.up * gates[:, None, self.owner]) @ self.down
         return mixed, gates @ self.biases
 
 
-def _factors(module: ExpertModule) -> tuple[Tensor, Tensor]:
-    """All experts' factors side by side, ``[R, 9 C]`` and ``[C, R]``."""
+def _factors(module: ExpertModule) -> tuple[Tensor, Tensor, Tensor]:
+    """All experts' factors side by side, ``[R, 9 C]`` and ``[C, R]``, and the expert of each rank ``[R]``."""
     experts: list[Any] = list(module.experts)
     down = torch.cat([e.down.weight.flatten(1) for e in experts])
-    return down, torch.cat([e.up.weight.flatten(1) for e in experts], 1)
+    owner = [number for number, e in enumerate(experts) for _ in range(e.down.out_channels)]
+    up = torch.cat([e.up.weight.flatten(1) for e in experts], 1)
+    return down, up, torch.tensor(owner, device=up.device)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -133,8 +134,10 @@ class MergedModule(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Kernels ``[T B, C, 9 C]`` and biases ``[T B, C]`` of all maps, before the last batch norm."""
         kernels, biases = self.bank(torch.cat([*gates]))
-        parts = zip(paths, kernels.chunk(len(paths)), biases.chunk(len(paths)), factors, strict=True)
-        for path, kernel, bias, m in parts:
+        by_task = len(paths), len(gates[0])
+        for number, (path, m) in enumerate(zip(paths, factors, strict=True)):
+            # one view each, as autograd lets views that come several at once not be written to
+            kernel, bias = kernels.unflatten(0, by_task)[number], biases.unflatten(0, by_task)[number]
             kernel.mul_(path.alpha[:, None]).addcmul_(m[:, None, None], path.kernel).add_(self.common)
             bias.mul_(path.alpha).addcmul_(m[:, None], path.own_bias).add_(path.bias)
         return kernels, biases

@@ -191,6 +191,8 @@ class ExpertNeck(Neck, Drainable, Mergeable):
         Raises:
             ConfigError: an image of another size, without ``any_size``.
         """
+        if not tasks:
+            return {}
         levels: dict[str, list[Tensor]] = {task: [] for task in tasks}
         gates: list[Tensor] = []
         for number, maps in enumerate(self._projected(pyramids, tasks)):
@@ -205,16 +207,16 @@ class ExpertNeck(Neck, Drainable, Mergeable):
     def _projected(self, pyramids: Pyramids, tasks: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per level the map of each task; tasks with the same pyramid have the same."""
         found = []
-        grid = self._grid(materialize(pyramids.of(tasks[0])[0]) if tasks else None)
+        grid = self._grid(materialize(pyramids.of(tasks[0])[0]))
         for number, convolution in enumerate(self.projections):
             own = {id(level): level for level in (pyramids.of(task)[number] for task in tasks)}
             made = {key: _project(materialize(level), convolution, grid) for key, level in own.items()}
             found.append({task: made[id(pyramids.of(task)[number])] for task in tasks})
         return found
 
-    def _grid(self, level: Tensor | None) -> Size:
+    def _grid(self, level: Tensor) -> Size:
         """Of an image whose finest level this is; the router refuses a size that it cannot take."""
-        if level is None or level.shape[-2:] == self.finest:
+        if level.shape[-2:] == self.finest:
             return self.grid
         height, width = (
             max(1, g * n // f) for g, n, f in zip(self.grid, level.shape[-2:], self.finest, strict=True)
@@ -236,6 +238,8 @@ class ExpertNeck(Neck, Drainable, Mergeable):
     def merged(self) -> ExpertNeck:
         """The same with one convolution per image, task and module, batch norms folded."""
         memory = self.spec.memory
+        if isinstance(self.first[0], MergedModule):
+            return self
         with torch.no_grad():
             for number, (one, two) in enumerate(zip(self.first, self.second, strict=True)):
                 self.first[number] = MergedModule(one, memory, two, enters=True)  # type: ignore[arg-type]

@@ -43,3 +43,17 @@ def test_layers_and_folding() -> None:
         torch.testing.assert_close(head(x), expected)
     assert expected.shape == (2, 3, 6, 8)
     assert isinstance(head[1], nn.Identity)
+
+
+def test_trains_after_inference_mode_and_export() -> None:
+    """Nothing that a pass in inference mode or under fake tensors makes is left for the next one."""
+    layer = UpsampledConv2d(2, 3)
+    x = torch.randn(1, 2, 4, 5)
+    with torch.inference_mode():
+        expected = layer(x).tolist()
+    torch.export.export(layer, (torch.randn(1, 2, 6, 7),), strict=False)
+    assert type(layer(torch.randn(1, 2, 6, 7))) is torch.Tensor
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), torch.tensor(expected))
+    assert layer.weight.grad is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytask.balancers import balancer
 from polytask.cost import cost
 from polytask.errors import ConfigError, ConfigErrors, PolytaskWarning, UnsupportedBackboneError
 from polytask.necks.merged_experts import MergedModule
@@ -109,6 +110,25 @@ def test_merged_equals_unmerged(backbone: str, memory: str) -> None:
     torch.testing.assert_close(one["depth"], model(image(2)).logits["depth"], rtol=1e-4, atol=1e-5)
     names = {name for name, _ in merged.neck.named_buffers() if "bank" in name}
     assert any("kernels" in name for name in names) == (memory == "bank")
+    assert gap(merged.merged()(image()).logits, merged(image()).logits) < 1e-6
+    assert model(image(), ()).logits == merged(image(), ()).logits == {}
+
+
+@pytest.mark.parametrize("memory", ["bank", "on_the_fly"])
+def test_merged_gives_gradients_of_the_image(memory: str) -> None:
+    """True ones: unlike in training, the common convolution has its share."""
+    merged = randomized(build(spec_of(memory=memory)).double()).merged()  # type: ignore[operator]
+    start, step = image(2).double(), 1e-5 * image(2, seed=1).double()
+
+    def total(x: Tensor) -> Tensor:
+        return torch.stack([y.square().mean() for y in merged(x).logits.values()]).sum()
+
+    x = start.clone().requires_grad_()
+    total(x).backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        change = (total(start + step) - total(start - step)) / 2
+    torch.testing.assert_close((x.grad * step).sum(), change, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -137,8 +157,9 @@ def test_memory_of_the_merged_model() -> None:
     bank, fly = (
         cost(build(spec_of(memory=memory, **wide)), TASKS, (64, 64)) for memory in ("bank", "on_the_fly")
     )
-    kernels, factors = 6 * 9 * 32 * 32, (1 + 2 + 3 + 4 + 5 + 6) * (9 * 32 + 32)
-    assert bank.merged_bytes - fly.merged_bytes == 8 * 4 * (kernels - factors)
+    ranks = 1 + 2 + 3 + 4 + 5 + 6
+    kernels, factors = 4 * 6 * 9 * 32 * 32, ranks * (4 * (9 * 32 + 32) + 8)  # and an index per rank
+    assert bank.merged_bytes - fly.merged_bytes == 8 * (kernels - factors)
     assert bank.adapter == 0
 
 
@@ -149,6 +170,17 @@ def test_what_is_shared() -> None:
         assert any(f"tasks.{task}.router" in name for name in own)
         assert any(name.startswith(f"neck.mix.{task}") for name in own)
     assert count(part.frozen) == 0
+
+
+def test_no_features_are_shared() -> None:
+    """Shared experts lie behind tasks' own layers, so there is no place where shared computation ends."""
+    model = build(spec_of()).train()
+    output, part = model(image()), model.partition()
+    assert not output.frontier
+    losses = {task: y.square().mean() for task, y in output.logits.items()}
+    method = balancer("gradnorm", tuple(TASKS), mode="features")
+    with pytest.raises(ConfigError, match="needs tensors that all tasks share"):
+        method.backward(losses, part, output.frontier)
 
 
 def test_penalty_and_usage() -> None:
