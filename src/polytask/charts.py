@@ -222,6 +222,35 @@ def _point(
     return parts
 
 
+def heat_maps(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, columns: int = 2) -> str:
+    """Panels by title, each with named rows of shares from white (0) to blue (the largest of all).
+
+    Numbers below count the cells of a row from 1.
+    """
+    cell, gap, rows = 14, 34, list(next(iter(panels.values())))
+    most = max((v for panel in panels.values() for row in panel.values() for v in row), default=0.0)
+    count = max(len(row) for panel in panels.values() for row in panel.values())
+    left = 8 + _LETTER * max(map(len, rows))
+    width, height = left + count * cell + 16, len(rows) * cell + gap
+    lines = -(-len(panels) // columns)
+    parts = [_opening(title, columns * width, 24 + lines * height)]
+    parts.append(f'<text x="8" y="14" class="title">{escape(title)} (darkest: {most:.2g})</text>')
+    for number, (name, panel) in enumerate(panels.items()):
+        x, y = left + number % columns * width, 24 + number // columns * height + 14
+        parts.append(_text(x, y - 4, name))
+        for line, (row, values) in enumerate(panel.items()):
+            parts.append(_text(x - 4, y + cell * (line + 1) - 3, row, "end"))
+            parts += [
+                f'<rect x="{x + k * cell:.1f}" y="{y + line * cell}" width="{cell - 1}" height="{cell - 1}" '
+                f'fill="{COLORS[0]}" fill-opacity="{value / most if most else 0:.3f}" stroke="#eaeef2">'
+                f"<title>{escape(row)}, {k + 1}: {value:.3g}</title></rect>"
+                for k, value in enumerate(values)
+            ]
+        for k in range(0, count, 2 if count > 9 else 1):
+            parts.append(_text(x + (k + 0.5) * cell, y + len(rows) * cell + 10, str(k + 1), "middle"))
+    return "".join([*parts, "</svg>"])
+
+
 def legend(names: Mapping[str, str]) -> str:
     """Colored names (name -> color) as HTML."""
     return " ".join(

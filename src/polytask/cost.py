@@ -39,6 +39,7 @@ class CostReport:
         adapter: of the trainable ones, in adapter branches.
         decoder: of the trainable ones, in neck and heads.
         stored_bytes: size of the tensors a checkpoint keeps.
+        merged_bytes: size of the merged inference model: its parameters and buffers.
         macs_executed: multiply-accumulates of one forward pass, counted while it ran.
         macs_merged: the same for the merged inference model.
         latency_ms: median time of one forward pass of the merged model, None if not measured.
@@ -56,6 +57,7 @@ class CostReport:
     adapter: int
     decoder: int
     stored_bytes: int
+    merged_bytes: int
     macs_executed: int
     macs_merged: int
     latency_ms: float | None
@@ -103,6 +105,7 @@ def cost(
         adapter=types.count({n: p for n, p in trainable.items() if n in branches}),
         decoder=types.count({n: p for n, p in trainable.items() if not n.startswith("backbone.")}),
         stored_bytes=sum(w.numel() * w.element_size() for w in weights.values()),
+        merged_bytes=sum(x.numel() * x.element_size() for x in [*merged.parameters(), *merged.buffers()]),
         macs_executed=count_macs(model, image, names),
         macs_merged=count_macs(merged, image, names),
         latency_ms=latency(merged, image, names, repeats) if repeats else None,
@@ -117,7 +120,7 @@ def branch_parameters(model: nn.Module) -> set[str]:
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, Mergeable)
+        if isinstance(module, Mergeable) and path.startswith("backbone.")
         for name, _ in module.named_parameters()
         if not name.startswith("base.")
     }

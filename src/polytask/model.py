@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from polytask import adapters as _adapters  # noqa: F401 - registers
 from polytask import necks as _necks  # noqa: F401 - registers
 from polytask import types
-from polytask.adapters.base import Adapter, adapt, merged
+from polytask.adapters.base import Adapter, adapt, fold_batch_norms, merged
 from polytask.backbones.streams import MergePoint, composable_weight
 from polytask.backbones.swin import fuse_attention
 from polytask.backbones.timm import Backbone, BackboneSpec
@@ -80,7 +80,7 @@ class ModelSpec(Spec):
                 "set model.backbone.pretrained=true or model.backbone.weights=FILE for useful results",
                 PolytaskWarning, stacklevel=2,
             )  # fmt: skip
-        neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks))
+        neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks), image_size)
         built = PerTask(
             {name: head.build_on(neck.levels_of(name), tasks[name].channels) for name, head in heads.items()}
         )
@@ -128,11 +128,11 @@ class MultiTaskModel(nn.Module):
                 raise ConfigError(f"the model has no task {task!r}", hint=did_you_mean(task, self.tasks))
         pyramids, frontier = self.backbone(image, asked), ()
         cut = torch.is_grad_enabled() and not pyramids.per_task
-        inside = cut and bool(types.partition(self.neck, self.tasks).shared)
-        if cut and not inside:
+        inner = types.partition(self.neck, self.tasks) if cut else Partition({}, {}, {})
+        if cut and not inner.shared:
             pyramids, frontier = pyramids.cut()
         maps = self.neck(pyramids, asked)
-        if inside:
+        if inner.shared and not any(inner.per_task.values()):
             frontier = tuple({id(x): x for x in maps.values()}.values())
         logits = {task: self.heads[task](maps[task]) for task in asked}
         sized = {task: _resize(x, image.shape[-2:]) if x.ndim == 4 else x for task, x in logits.items()}
@@ -163,14 +163,3 @@ def compose_projections(model: MultiTaskModel) -> None:
         weight = composable_weight(point.layer)
         if weight is not None and model.backbone.plan.fork == "stage_end":
             model.neck.compose(point.stage, weight)
-
-
-def fold_batch_norms(head: nn.Module) -> None:
-    """Fold each batch norm of an eval-mode head into the convolution before it in the same chain."""
-    for chain in [module for module in head.modules() if isinstance(module, nn.Sequential)]:
-        for index in range(len(chain) - 1):
-            convolution, norm = chain[index], chain[index + 1]
-            transposed = isinstance(convolution, nn.ConvTranspose2d)
-            if isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
-                chain[index] = nn.utils.fuse_conv_bn_eval(convolution, norm, transpose=transposed)
-                chain[index + 1] = nn.Identity()

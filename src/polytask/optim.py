@@ -21,6 +21,7 @@ class OptimSpec(Spec):
     type: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    decay_vectors: bool = Field(default=False, description="decay biases and the weights of norms too")
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = Field(default=0.9, ge=0, description="sgd only")
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
@@ -36,14 +37,17 @@ class OptimSpec(Spec):
     def optimizer(
         self, model: nn.Module, extra: list[nn.Parameter], batch_size: int
     ) -> torch.optim.Optimizer:
-        """Optimizer over the trainable parameters; vectors and biases, and ``extra``, are not decayed.
+        """Optimizer over the trainable parameters.
+
+        Vectors and biases are not decayed, unless ``decay_vectors``; ``extra`` never are.
 
         Raises:
             ConfigError: nothing trains.
         """
-        groups: list[dict[str, Any]] = [
-            g for g in param_groups_weight_decay(model, self.weight_decay) if g["params"]
-        ]
+        split = param_groups_weight_decay(model, self.weight_decay)
+        groups: list[dict[str, Any]] = [g for g in split if g["params"]]
+        if self.decay_vectors:
+            groups = [{**g, "weight_decay": self.weight_decay} for g in groups]
         if not groups:
             raise ConfigError("no parameter of the model trains", where="phases", hint="unfreeze something")
         if extra:

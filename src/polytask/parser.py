@@ -75,8 +75,9 @@ def _recipe_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _convert_verb(verbs: Any) -> None:
-    convert = _verb(verbs, "convert", "official checkpoints and settings to runs and recipes, and back",
-                    f"polytask convert {min(SYSTEMS)} ckpt_epoch_299.pth --output runs/official")  # fmt: skip
+    example = f"polytask convert {next(iter(SYSTEMS))} ckpt_epoch_299.pth --output runs/official"
+    text = "official checkpoints and settings to runs and recipes, and back"
+    convert = _verb(verbs, "convert", text, example)
     convert.add_argument("system", choices=SYSTEMS)
     convert.add_argument("file", type=Path, help="checkpoint, settings (.yaml), or run with --to-official")
     convert.add_argument("--config", type=Path, help="official settings of a checkpoint, in place of its own")

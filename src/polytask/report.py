@@ -16,7 +16,19 @@ import torch
 from PIL import Image
 
 import polytask
-from polytask.charts import COLORS, FAINT, STYLE, Curve, Mark, chart, gains, legend, standalone, trade_off
+from polytask.charts import (
+    COLORS,
+    FAINT,
+    STYLE,
+    Curve,
+    Mark,
+    chart,
+    gains,
+    heat_maps,
+    legend,
+    standalone,
+    trade_off,
+)
 from polytask.comparison import Comparison, Group, compare_groups, grouped
 from polytask.config import encode
 from polytask.data.pipelines import Pipeline
@@ -75,7 +87,10 @@ class Report:
         figures = folder / "figures"
         make_folder(figures, "--output")
         for name, svg in self.charts.items():
-            write_text(figures / f"{name}.svg", standalone(svg, {} if name == "gains" else self.keys()))
+            write_text(
+                figures / f"{name}.svg",
+                standalone(svg, {} if name == "gains" or name.startswith("experts-") else self.keys()),
+            )
         for number_, picture in enumerate(self.panels, 1):
             save_picture(picture, figures / f"predictions-{number_}.png")
         write_text(folder / "table.md", markdown(self.comparison))
@@ -113,7 +128,7 @@ def make_report(paths: Sequence[Path], *, panels: int = 4) -> Report:
     many = len(groups) > len(_PALETTE)
     names = [row.name for row in (comparison.ranked() if many else comparison.rows) if not row.baseline]
     colors = dict(zip(names, _PALETTE, strict=False))
-    charts = _charts(groups, comparison, colors)
+    charts = _charts(groups, comparison, colors) | usage_charts(groups, panels * 8)
     return Report(groups, comparison, colors, charts, prediction_sheets(groups, comparison, colors, panels))
 
 
@@ -193,6 +208,27 @@ def _gain_charts(comparison: Comparison, colors: Mapping[str, str]) -> dict[str,
     if marks and len({row.trainable for row in comparison.rows if not row.baseline}) > 1:
         title = "Δm in percent, and the Pareto front"
         charts["pareto"] = trade_off(marks, title, "million trainable parameters")
+    return charts
+
+
+@torch.no_grad()
+def usage_charts(groups: Sequence[Group], count: int) -> dict[str, str]:
+    """How much the experts of networks that have some act for each task, on so many evaluation samples."""
+    charts = {}
+    for group in groups:
+        run = group.runs[0]
+        if not count or not run.recipe.model.neck.EXPERTS:
+            continue
+        samples, model = run.recipe.data.open(run.scores["split"], run.tasks, train=False), run.model()
+        panels: dict[str, dict[str, Any]] = {}
+        chosen = dict.fromkeys(i * len(samples) // count for i in range(count))
+        for index in chosen:
+            model(samples[index]["image"][None])
+            for name, tasks in model.neck.usage().items():
+                panel = panels.setdefault(name, dict.fromkeys(tasks, 0.0))
+                panels[name] = {t: panel[t] + gates.cpu().numpy() / len(chosen) for t, gates in tasks.items()}
+        title = f"{group.name}: mean gate of each expert"
+        charts[f"experts-{group.name}"] = heat_maps(panels, title)
     return charts
 
 

@@ -96,8 +96,8 @@ class Output:
         logits: per task ``[B, C, H, W]`` (dense) or ``[B, C]`` (image level), at image size.
         penalties: named auxiliary losses left by the techniques (scalars).
         stats: named detached figures for the log (scalars).
-        frontier: the tensors where shared computation ends; empty where tasks have streams of their own, or
-            without gradients.
+        frontier: the tensors where shared computation ends; empty where tasks have streams of their own,
+            where the neck has shared layers and layers of tasks, or without gradients.
     """
 
     logits: dict[str, Tensor]

@@ -70,6 +70,9 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
             backbone["options"] = backbone["options"] | options
     if backbone["name"] in ("unet", "segnet"):
         backbone["options"] = {"width": 4}
+    neck = data["model"]["neck"]
+    if neck["type"] == "mlore":
+        neck |= {"width": 8, "ranks": [1] * len(neck["ranks"]), "task_rank": 2}
     adapter = data["model"]["adapter"]
     if adapter is not None and adapter["type"] == "mtlora":
         adapter |= {"rank": 2, "task_rank": 2}

@@ -45,6 +45,14 @@ def test_kinds_and_groups(net: nn.Module, kind: str, cls: type) -> None:
     assert len(decay) == 5
 
 
+def test_vectors_may_be_decayed_too(net: nn.Module) -> None:
+    extra = nn.Parameter(torch.zeros(()))
+    optimizer = OptimSpec(weight_decay=0.3, decay_vectors=True).optimizer(net, [extra], 8)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay.pop(id(extra)) == 0
+    assert list(decay.values()) == [0.3] * 4
+
+
 def test_nothing_trains(net: nn.Module) -> None:
     net.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter of the model trains"):

@@ -106,3 +106,14 @@ def merged(model: nn.Module) -> nn.Module:
     for name, module in targets:
         model.set_submodule(name, module.merged())
     return model.requires_grad_(False)
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch norm of an eval-mode module into the convolution before it in the same chain."""
+    for chain in [part for part in module.modules() if isinstance(part, nn.Sequential)]:
+        for index in range(len(chain) - 1):
+            convolution, norm = chain[index], chain[index + 1]
+            transposed = isinstance(convolution, nn.ConvTranspose2d)
+            if isinstance(convolution, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
+                chain[index] = nn.utils.fuse_conv_bn_eval(convolution, norm, transpose=transposed)
+                chain[index + 1] = nn.Identity()

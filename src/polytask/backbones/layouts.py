@@ -55,3 +55,9 @@ def _is_map(layout: str, tokens: Tensor, like: Tensor, net: nn.Module) -> bool:
     except RuntimeError:  # the sizes do not even fit
         return False
     return made.shape == like.shape and torch.equal(made.nan_to_num(), like.nan_to_num())
+
+
+def normed(level: Tensor, net: nn.Module) -> Tensor:
+    """A map ``[B, C, H, W]`` after the network's final norm."""
+    tokens: Tensor = net.norm(level.permute(0, 2, 3, 1))  # type: ignore[operator]
+    return tokens.permute(0, 3, 1, 2)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 def create(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
     """The bare timm network with its weights, without classifier."""
+    if spec.pretrained and spec.options.get("class_token") is False:
+        return _without_class_token(spec, image_size)
     where = f"model.backbone.name {spec.name}"
     if spec.name.split(".")[0] not in timm.list_models():
         raise ConfigError(
@@ -43,6 +45,16 @@ def create(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
     _refuse_uncovered_pixels(net, spec, image_size)
     if spec.weights:
         load_weights(net, spec.weights)
+    return net
+
+
+def _without_class_token(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
+    """With the published weights of the network that has a class token; there are no others."""
+    net = create(spec.model_copy(update={"pretrained": False}), image_size)
+    whole = spec.model_copy(update={"options": {**spec.options, "class_token": True}})
+    state = create(whole, image_size).state_dict()
+    _drop_class_token(net, state)
+    net.load_state_dict(state)
     return net
 
 
@@ -100,6 +112,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"weight file cannot be read ({error.what})", where=where) from None
     _resize_bias_tables(net, state)
+    _drop_class_token(net, state)
     adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
         try:
@@ -123,6 +136,14 @@ def load_weights(net: nn.Module, path: Path) -> None:
             f"{len(unexpected)} unexpected (first {unexpected[:2]})",
             where=where,
         )
+
+
+def _drop_class_token(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """The class token and its position, which is the first, if the network has none."""
+    if "cls_token" in state and getattr(net, "cls_token", state) is None:
+        del state["cls_token"]
+        if not net.no_embed_class:
+            state["pos_embed"] = state["pos_embed"][:, 1:]
 
 
 def _resize_bias_tables(net: nn.Module, state: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from polytask.backbones.layouts import read_layout, to_map
+from polytask.backbones.layouts import normed, read_layout, to_map
 from polytask.backbones.networks import create, digest
 from polytask.backbones.streams import Fork, MergePoint, Repeat, SharedOnly, StreamPlan, Streams, select
 from polytask.backbones.swin import quicken
@@ -39,6 +39,7 @@ class BackboneSpec(Spec):
     options: dict[str, Any] = Field(default_factory=dict)
     out_indices: tuple[int, ...] | None = Field(default=None, description="feature levels; default: four")
     feature_point: Literal["before_merge", "after_merge"] = "before_merge"
+    final_norm: bool = Field(default=False, description="the network's last norm, on the last level only")
     recompute: tuple[int, ...] = Field(
         default=(), description="stages whose forked block is recomputed in the backward pass, to save memory"
     )
@@ -84,7 +85,7 @@ class Backbone(nn.Module):
             levels = [*levels[1:], levels[-1]]
         self.channels = tuple(c for c, _ in levels)
         self.strides = tuple(s for _, s in levels)
-        _prune(net, self.indices)
+        self.final_norm = _prune(net, self.indices, keep_norm=spec.final_norm)
         quicken(net)
 
     # --- structure -------------------------------------------------------------------------------
@@ -291,6 +292,8 @@ class Backbone(nn.Module):
                 else level
                 for i, (level, like) in enumerate(zip(kept, shared, strict=True))
             ]
+        for levels in (shared, *per_task.values()) if self.final_norm else ():
+            levels[-1] = normed(materialize(levels[-1]), self.net)
         self.streams.end()
         return Pyramids(shared, per_task)
 
@@ -336,8 +339,12 @@ def _levels(net: nn.Module, spec: BackboneSpec) -> tuple[int, ...]:
     return tuple(range(max(0, count - 4), count))
 
 
-def _prune(net: nn.Module, indices: tuple[int, ...]) -> None:
-    """Drop what no feature needs: the final norm, the classifier and later blocks."""
+def _prune(net: nn.Module, indices: tuple[int, ...], *, keep_norm: bool) -> bool:
+    """Drop what no feature needs: the final norm unless kept (if there is one), classifier, later blocks."""
+    if keep_norm and not isinstance(getattr(net, "norm", None), nn.LayerNorm):
+        where = f"backbone {type(net).__name__}"
+        raise UnsupportedBackboneError("it has no final norm of tokens", where=where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)  # type: ignore[operator]
+        net.prune_intermediate_layers(list(indices), prune_norm=not keep_norm, prune_head=True)  # type: ignore[operator]
+    return keep_norm

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from polytask.model import MultiTaskModel
     from polytask.recipe import Recipe
 
-SYSTEMS = {"mtlora": "polytask.convert.mtlora"}
+SYSTEMS = {"mtlora": "polytask.convert.mtlora", "mlore": "polytask.convert.mlore"}
 """Names on the command line, and the modules that know the official files."""
 
 

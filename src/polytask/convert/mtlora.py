@@ -19,8 +19,8 @@ from polytask.convert.mtlora_settings import (
     passed_over,
 )
 from polytask.convert.mtlora_shapes import infer, outputs_of
-from polytask.convert.official import Draft, Settings, State, System
-from polytask.errors import CheckpointError, ConfigError, PolytaskWarning, TaskMismatchError
+from polytask.convert.official import Draft, Settings, State, System, refuse_unlike
+from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
 from polytask.model import MultiTaskModel
 from polytask.necks.fuse import FuseSpec
 from polytask.recipe import Recipe
@@ -156,10 +156,9 @@ def _refuse_foreign(recipe: Recipe, model: MultiTaskModel) -> None:
         "model.neck": isinstance(spec.neck, FuseSpec),
         "tasks": all(task.dense for task in recipe.task_set().values()),
     }
-    for where, fits in unlike.items():
-        if not fits:
-            expected = "a Swin with features after merging, adapter mtlora or none, neck fuse, dense tasks"
-            raise ConfigError("the official code has no such model", where=where, expected=expected)
+    refuse_unlike(
+        unlike, "a Swin with features after merging, adapter mtlora or none, neck fuse, dense tasks"
+    )
 
 
 class _Official(System):

@@ -7,7 +7,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Draft:
 
     recipe: dict[str, Any]
     notes: tuple[str, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """Path of a setting that a person has to state -> why, as a clause."""
 
 
 class System(ABC):
@@ -108,12 +110,12 @@ def convert_settings(
         ConfigError: settings that cannot be read or have no counterpart, or ``output`` exists.
     """
     draft = find(system).from_settings(read_settings(file), tasks, str(file))
-    data, recipe = _checked(draft, file, changes)
+    draft, recipe = _checked(draft, file, changes)
     _refuse_existing(output, "--output")
     with torch.device("meta"):
         empty_model(recipe)  # what only shows when the network is built
     make_folder(output.absolute().parent, "--output")
-    write_text(output, f"# From {file.name}\n" + dump_yaml(data))
+    write_text(output, f"# From {file.name}\n" + dump_yaml(draft.recipe))
     return draft
 
 
@@ -139,7 +141,8 @@ def convert_checkpoint(
     own = content.get("config") if isinstance(content.get("config"), Mapping) else None
     given = read_settings(settings) if settings else own
     draft = known.from_state(state, given, str(settings or file), embedded=settings is None)
-    recipe = known.fit(_checked(draft, file, changes)[1], state)
+    draft, recipe = _checked(draft, file, changes)
+    recipe = known.fit(recipe, state)
     model = _filled(known, recipe, state, file)
     with new_folder(output, "--output") as folder:
         write_text(folder / "recipe.yaml", dump_yaml(encode(recipe)))
@@ -203,14 +206,32 @@ def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(merged, data)
 
 
-def _checked(draft: Draft, file: Path, changes: Sequence[str]) -> tuple[dict[str, Any], Recipe]:
-    """A draft with its changes, as plain data and decoded."""
-    for note in draft.notes:
-        warnings.warn(f"{file}: {note}", PolytaskWarning, stacklevel=3)
+def _checked(draft: Draft, file: Path, changes: Sequence[str]) -> tuple[Draft, Recipe]:
+    """A draft with its changes, and decoded."""
     data = override({"name": file.stem, **draft.recipe}, changes)
+    stated = tuple(
+        f"{path}: {_stated(data, path, why, file)}, as stated" for path, why in draft.asked.items()
+    )
+    for note in (*draft.notes, *stated):
+        warnings.warn(f"{file}: {note}", PolytaskWarning, stacklevel=3)
     recipe = decode(Recipe, data, source=str(file))
     recipe.check()
-    return data, recipe
+    return replace(draft, recipe=data, notes=(*draft.notes, *stated)), recipe
+
+
+def _stated(data: Any, path: str, why: str, file: Path) -> Any:
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    if data is None:
+        raise ConfigError(why, where=str(file), hint=f"state it: --set {path}=VALUE")
+    return data
+
+
+def refuse_unlike(parts: Mapping[str, bool], expected: str) -> None:
+    """Refuse to export a model with a part, by its path, that the official code has not."""
+    for where, fits in parts.items():
+        if not fits:
+            raise ConfigError("the official code has no such model", where=where, expected=expected)
 
 
 def _refuse_existing(path: Path, where: str) -> None:

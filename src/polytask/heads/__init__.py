@@ -7,6 +7,7 @@ from polytask.heads.hrnet import HRNetHead
 from polytask.heads.pooled import PooledHead
 from polytask.heads.segformer import SegFormerHead
 from polytask.heads.updecoder import UpDecoderHead
+from polytask.heads.upsampled import UpsampledHead
 from polytask.heads.vae import VAE, VAEHead
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "PooledHead",
     "SegFormerHead",
     "UpDecoderHead",
+    "UpsampledHead",
     "VAEHead",
 ]

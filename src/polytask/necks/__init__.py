@@ -2,3 +2,4 @@
 
 from polytask.necks import fuse as _fuse  # noqa: F401
 from polytask.necks import level as _level  # noqa: F401
+from polytask.necks import mlore as _mlore  # noqa: F401

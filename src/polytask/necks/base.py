@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from polytask.config import Spec
 from polytask.types import Pyramids
+
+Size = tuple[int, int]
 
 
 class Neck(nn.Module):
@@ -19,6 +22,10 @@ class Neck(nn.Module):
     """
 
     channels: int
+
+    def usage(self) -> dict[str, dict[str, Tensor]]:
+        """How much each expert acted in the last pass, by module and task ``[N]``; if it has any."""
+        return {}
 
     def channels_of(self, task: str) -> int:  # noqa: ARG002
         """C of a task's map, where they differ."""
@@ -44,6 +51,11 @@ class NeckSpec(Spec):
 
     type: str
 
+    EXPERTS: ClassVar[bool] = False
+    """Whether its ``usage`` tells something."""
+
     @abstractmethod
-    def build(self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str]) -> Neck:
-        """The neck for levels with these channels and strides."""
+    def build(
+        self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str], image_size: Size
+    ) -> Neck:
+        """The neck for levels with these channels and strides, of images ``(H, W)``."""

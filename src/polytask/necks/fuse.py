@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from polytask.config import register
 from polytask.errors import ConfigError
-from polytask.necks.base import Neck, NeckSpec
+from polytask.necks.base import Neck, NeckSpec, Size
 from polytask.types import Factored, Level, PerTask, Pyramids, materialize
 
 
@@ -26,7 +26,13 @@ class FuseSpec(NeckSpec):
         description="channels of each projected level; null concatenates raw levels",
     )
 
-    def build(self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str]) -> Neck:  # noqa: ARG002
+    def build(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],  # noqa: ARG002
+        tasks: Sequence[str],
+        image_size: Size,  # noqa: ARG002
+    ) -> Neck:
         """Raises ConfigError if the number of projections is not the number of levels."""
         if self.channels is not None and len(self.channels) != len(channels):
             raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polytask.config import register
 from polytask.errors import ConfigError, did_you_mean
-from polytask.necks.base import Neck, NeckSpec
+from polytask.necks.base import Neck, NeckSpec, Size
 from polytask.types import Pyramids, materialize
 
 
@@ -22,7 +22,13 @@ class LevelSpec(NeckSpec):
     level: int = Field(default=0, description="0 is the finest, -1 the coarsest")
     levels: dict[str, int] | None = Field(default=None, description="other levels of single tasks")
 
-    def build(self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str]) -> Neck:  # noqa: ARG002
+    def build(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],  # noqa: ARG002
+        tasks: Sequence[str],
+        image_size: Size,  # noqa: ARG002
+    ) -> Neck:
         """Raises ConfigError for a level or a task that is not there."""
         chosen = dict.fromkeys(tasks, self.level) | (self.levels or {})
         for task, level in chosen.items():

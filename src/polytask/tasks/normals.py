@@ -47,8 +47,9 @@ class Normals(Task):
     """
 
     type: Literal["normals"] = "normals"
-    distance: Literal["l1", "cosine"] = Field(
-        default="l1", description="the loss: mean absolute difference of components, or 1 - cosine"
+    distance: Literal["l1", "l1_sum", "cosine"] = Field(
+        default="l1",
+        description="the loss: absolute difference of components, their mean or their sum, or 1 - cosine",
     )
     normalize_target: bool = Field(
         default=True, description="off: angles as the early published evaluators compute them"
@@ -72,7 +73,10 @@ class Normals(Task):
         return torch.zeros(height, width, 3)
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
-        return (normals_l1 if self.distance == "l1" else normals_cosine)(logits, target, total)
+        if self.distance == "cosine":
+            return normals_cosine(logits, target, total)
+        loss = normals_l1(logits, target, total)
+        return loss if loss is None or self.distance == "l1" else 3 * loss
 
     def predict(self, logits: Tensor) -> Tensor:
         return unit_vectors(logits.float())

@@ -44,10 +44,14 @@ class BinaryTask(Task):
         return ClassMap(raw[None])
 
     def loss(self, logits: Tensor, target: Tensor, total: Total = identity) -> Tensor | None:
-        return balanced_bce(logits, target, total, positive_weight=self.balance)
+        return balanced_bce(self._odds(logits), target, total, positive_weight=self.balance)
 
     def predict(self, logits: Tensor) -> Tensor:
-        return logits[:, 0].float().sigmoid()
+        return self._odds(logits.float())[:, 0].sigmoid()
+
+    def _odds(self, logits: Tensor) -> Tensor:
+        """Of a softmax over no and yes, if there are two channels: ``[B, 1, H, W]``."""
+        return logits if self.channels == 1 else logits[:, 1:] - logits[:, :1]
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Probabilities, or labels as integers, in shades of grey; ignored pixels are mid-grey."""
@@ -70,9 +74,16 @@ class Saliency(BinaryTask):
 
     levels: int = Field(default=19, ge=1, description="thresholds of maxF")
     rowwise: bool = Field(default=False, description="mIoU per row of pixels, as AdaMTL's evaluator has it")
+    two_channels: bool = Field(
+        default=False, description="logits of both classes, as the InvPT line has them"
+    )
 
     headline: ClassVar[str] = "mIoU"
     higher_is_better: ClassVar[bool] = True
+
+    @property
+    def channels(self) -> int:
+        return 2 if self.two_channels else 1
 
     @property
     def balance(self) -> float | None:

@@ -223,6 +223,25 @@ def test_pretrained_without_a_network(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(str(e.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("way", ["weights", "pretrained"])
+def test_weights_with_a_class_token_for_a_network_without(way: str, tmp_path: Path) -> None:
+    whole = timm.create_model(VIT["name"], img_size=(48, 64), num_classes=0, **VIT["options"])
+    path, options = tmp_path / "vit.pth", {**VIT["options"], "class_token": False, "global_pool": ""}
+    torch.save(whole.state_dict(), path)
+    if way == "pretrained":  # where timm would download from
+        told: dict[str, Any] = {"pretrained": True}
+        options["pretrained_cfg_overlay"] = {"file": str(path), "hf_hub_id": None, "num_classes": 0}
+    else:
+        told = {"weights": str(path)}
+    spec = BackboneSpec(name=VIT["name"], options=options, final_norm=True, **told)
+    net = spec.build((48, 64)).net
+    state = whole.state_dict()
+    assert "cls_token" not in net.state_dict()
+    assert torch.equal(net.pos_embed, state["pos_embed"][:, 1:])  # type: ignore[arg-type]
+    name = "patch_embed.proj.weight"
+    assert torch.equal(net.get_parameter(name), state[name])
+
+
 @pytest.mark.parametrize("layout", ["official", "timm"])
 def test_tables_of_another_window_are_resized_bicubically(layout: str, tmp_path: Path) -> None:
     state = swin().state_dict()

@@ -22,7 +22,7 @@ def pyramid(seed: int = 0) -> list[torch.Tensor]:
 
 def neck(channels: tuple[int, ...] | None = (2, 3, 5)) -> Fuse:
     torch.manual_seed(0)
-    built = FuseSpec(channels=channels).build(CHANNELS, STRIDES, TASKS)
+    built = FuseSpec(channels=channels).build(CHANNELS, STRIDES, TASKS, (64, 96))
     assert isinstance(built, Fuse)
     return built
 
@@ -72,7 +72,7 @@ def test_projections_belong_to_their_tasks() -> None:
 
 
 def test_starts_as_a_convolution_would() -> None:
-    weight = FuseSpec(channels=(64,)).build((100,), (4,), ("a",)).projections["a"][0].weight  # type: ignore[index]
+    weight = FuseSpec(channels=(64,)).build((100,), (4,), ("a",), (64, 64)).projections["a"][0].weight  # type: ignore[index]
     assert 0.95 / 10 < float(weight.abs().max().detach()) <= 1 / 10
 
 

@@ -20,7 +20,7 @@ CHANNELS, STRIDES = (4, 8, 16), (1, 4, 8)
 def test_every_task_gets_its_level_untouched() -> None:
     spec = LevelSpec(level=1, levels={"b": -1})
     assert decode(LevelSpec, encode(spec)) == spec
-    neck = spec.build(CHANNELS, STRIDES, ("a", "b", "c"))
+    neck = spec.build(CHANNELS, STRIDES, ("a", "b", "c"), (64, 96))
     assert [neck.channels_of(task) for task in ("a", "b", "c")] == [8, 16, 8]
     shared, own = ([torch.randn(1, c, 2, 2) for c in CHANNELS] for _ in range(2))
     maps = neck(Pyramids(list(shared), {"c": list(own)}), ("a", "b", "c"))
@@ -38,7 +38,7 @@ def test_every_task_gets_its_level_untouched() -> None:
 )
 def test_misfits(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LevelSpec(**settings).build(CHANNELS, STRIDES, ("a", "b"))
+        LevelSpec(**settings).build(CHANNELS, STRIDES, ("a", "b"), (64, 96))
 
 
 @pytest.mark.parametrize("name", ["unet", "segnet"])
