@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from polytask.convert.mlore_shapes import OURS, PATCH, PUBLISHED, grid_of, infer, outputs_of
-from polytask.convert.official import Draft, Settings, State, System, refuse_unlike
-from polytask.errors import CheckpointError, ConfigError, PolytaskWarning, TaskMismatchError
+from polytask.convert.official import Draft, Settings, State, System, check_tasks, matched, refuse_unlike
+from polytask.errors import CheckpointError, ConfigError, PolytaskWarning
 from polytask.heads import UpsampledHead
 from polytask.model import MultiTaskModel
 from polytask.necks.base import Size
@@ -72,35 +72,11 @@ def convert_state(state: Mapping[str, Tensor], model: MultiTaskModel) -> dict[st
     """
     given = {key.removeprefix("module."): value for key, value in state.items()}
     given = {key: value for key, value in given.items() if not DEAD.match(key)}
-    _check_tasks(given, model)
+    check_tasks(outputs_of(given), [OURS.get(task, task) for task in model.tasks])
     if _POSITIONS in given:
         given = _on_grid(given, model)
-    converted: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for name, own in model.state_dict().items():
-        key = official_name(name)
-        value = given.pop(key, None)
-        if value is None:
-            problems.append(f"missing {key}")
-        elif value.shape not in (own.shape, (*own.shape, 1, 1)):  # vectors go through 1x1 convolutions there
-            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
-        else:
-            converted[name] = value.reshape(own.shape).to(own.dtype)
-    problems += [f"left over {key}" for key in given]
-    if problems:
-        raise CheckpointError(
-            f"MLoRE checkpoint does not fit the model: {len(problems)} problems, "
-            f"first: {'; '.join(problems[:3])}",
-            hint="build the model with the checkpoint's width, ranks and backbone",
-        )
-    return converted
-
-
-def _check_tasks(state: State, model: MultiTaskModel) -> None:
-    theirs, mine = sorted(outputs_of(state)), sorted(OURS.get(task, task) for task in model.tasks)
-    if theirs != mine:
-        what = "the checkpoint has other tasks than the recipe"
-        raise TaskMismatchError(what, got=", ".join(theirs), expected=", ".join(mine))
+    hint = "build the model with the checkpoint's width, ranks and backbone"
+    return matched(given, model, official_name, "MLoRE", hint)
 
 
 def _neck(model: MultiTaskModel) -> ExpertNeck:

@@ -19,8 +19,8 @@ from polytask.convert.mtlora_settings import (
     passed_over,
 )
 from polytask.convert.mtlora_shapes import infer, outputs_of
-from polytask.convert.official import Draft, Settings, State, System, refuse_unlike
-from polytask.errors import CheckpointError, PolytaskWarning, TaskMismatchError
+from polytask.convert.official import Draft, Settings, State, System, check_tasks, matched, refuse_unlike
+from polytask.errors import CheckpointError, PolytaskWarning
 from polytask.model import MultiTaskModel
 from polytask.necks.fuse import FuseSpec
 from polytask.recipe import Recipe
@@ -73,34 +73,17 @@ def convert_state(state: Mapping[str, Tensor], model: MultiTaskModel) -> dict[st
         TaskMismatchError: another task set.
         CheckpointError: missing or left-over keys, or other shapes (another rank, mode or network).
     """
-    theirs, mine = sorted(outputs_of(state)), sorted(_OURS.get(task, task) for task in model.tasks)
-    if theirs and theirs != mine:
-        raise TaskMismatchError(
-            "the checkpoint has other tasks than the recipe", got=", ".join(theirs), expected=", ".join(mine)
-        )
+    if theirs := outputs_of(state):
+        check_tasks(theirs, [_OURS.get(task, task) for task in model.tasks])
     dead = _dead_branches(state)
     given = {k: v for k, v in state.items() if not k.endswith(_DERIVED) and k not in dead}
-    converted: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for name, own in model.state_dict().items():
+
+    def key_of(name: str) -> str:
         key = official_name(name)
-        if key not in given:  # a plain layer of ours may be wrapped there
-            key = re.sub(r"\.(\w+)$", r".linear.\1", key)
-        value = given.pop(key, None)
-        if value is None:
-            problems.append(f"missing {official_name(name)}")
-        elif value.shape not in (own.shape, (*own.shape, 1, 1)):  # projections are 1x1 convolutions there
-            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
-        else:
-            converted[name] = value.reshape(own.shape).to(own.dtype)
-    problems += [f"left over {key}" for key in given]
-    if problems:
-        raise CheckpointError(
-            f"MTLoRA checkpoint does not fit the model: {len(problems)} problems, "
-            f"first: {'; '.join(problems[:3])}",
-            hint=_HINT,
-        )
-    return converted
+        wrapped = re.sub(r"\.(\w+)$", r".linear.\1", key)  # a plain layer of ours may be wrapped there
+        return wrapped if key not in given and wrapped in given else key
+
+    return matched(given, model, key_of, "MTLoRA", _HINT)
 
 
 def _dead_branches(state: State) -> set[str]:

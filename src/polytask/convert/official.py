@@ -6,7 +6,7 @@ import importlib
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,45 @@ def _filled(known: System, recipe: Recipe, state: State, file: Path) -> MultiTas
         raise CheckpointError(what, where=str(file))
     model.load_state_dict(converted, strict=True)
     return model
+
+
+def check_tasks(theirs: Collection[str], mine: Collection[str]) -> None:
+    """Raises TaskMismatchError if a file's tasks (official names) are not those of the model."""
+    if sorted(theirs) != sorted(mine):
+        what = "the checkpoint has other tasks than the recipe"
+        raise TaskMismatchError(what, got=", ".join(sorted(theirs)), expected=", ".join(sorted(mine)))
+
+
+def matched(
+    state: State, model: MultiTaskModel, key_of: Callable[[str], str], system: str, hint: str
+) -> dict[str, Tensor]:
+    """Official tensors under our names; 1x1 convolutions there may be linear here.
+
+    Args:
+        state: official; all of it has to be used.
+        model: whose state dict is to be filled.
+        key_of: the official key of one of our names.
+        system: for the message.
+        hint: what to do if it does not fit.
+
+    Raises:
+        CheckpointError: missing or left-over keys, or other shapes.
+    """
+    given, converted, problems = dict(state), dict[str, Tensor](), list[str]()
+    for name, own in model.state_dict().items():
+        key = key_of(name)
+        value = given.pop(key, None)
+        if value is None:
+            problems.append(f"missing {key}")
+        elif value.shape not in (own.shape, (*own.shape, 1, 1)):
+            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
+        else:
+            converted[name] = value.reshape(own.shape).to(own.dtype)
+    problems += [f"left over {key}" for key in given]
+    if problems:
+        what = f"{system} checkpoint does not fit the model: {len(problems)} problems, "
+        raise CheckpointError(f"{what}first: {'; '.join(problems[:3])}", hint=hint)
+    return converted
 
 
 def convert_settings(
