@@ -50,12 +50,13 @@ class UpsampledConv2d(nn.Conv2d):
         """``[B, C, h, w]`` -> ``[B, C, factor h, factor w]``."""
         n, channels, height, width = x.shape
         rows, columns = (_shifted(size, self.factor, x) for size in (height, width))
-        taps = F.conv2d(x, self.weight.permute(2, 3, 0, 1).reshape(9 * channels, channels, 1, 1))
+        # the bias goes to the middle tap, which nothing shifts outside: enlarged, a constant is itself
+        bias = None if self.bias is None else F.pad(self.bias, (4 * channels, 4 * channels))
+        taps = F.conv2d(x, self.weight.permute(2, 3, 0, 1).reshape(9 * channels, channels, 1, 1), bias)
         # [B, 3 (row), 3 (column), C, h, w] -> columns enlarged and summed over their taps
         taps = taps.view(n, 3, 3, channels, height, width).permute(0, 3, 1, 4, 2, 5)
         wide = taps.reshape(-1, 3 * width) @ columns.reshape(3 * width, -1)  # [B C 3 h, factor w]
-        high = rows.reshape(3 * height, -1).t() @ wide.view(n, channels, 3 * height, -1)
-        return high if self.bias is None else high + self.bias[:, None, None]
+        return rows.reshape(3 * height, -1).t() @ wide.view(n, channels, 3 * height, -1)
 
 
 def _shifted(size: int, factor: int, like: Tensor) -> Tensor:
