@@ -34,6 +34,7 @@ from polytask.config import encode
 from polytask.data.pipelines import Pipeline
 from polytask.files import dump_yaml, make_folder, write_text
 from polytask.model import MultiTaskModel
+from polytask.progress import track
 from polytask.runs import Run
 from polytask.tables import NOTE, markdown, number
 from polytask.tasks.base import Task
@@ -128,7 +129,7 @@ def make_report(paths: Sequence[Path], *, panels: int = 4) -> Report:
     many = len(groups) > len(_PALETTE)
     names = [row.name for row in (comparison.ranked() if many else comparison.rows) if not row.baseline]
     colors = dict(zip(names, _PALETTE, strict=False))
-    charts = _charts(groups, comparison, colors) | usage_charts(groups, panels * 8)
+    charts = _charts(groups, comparison, colors) | usage_charts(groups)
     return Report(groups, comparison, colors, charts, prediction_sheets(groups, comparison, colors, panels))
 
 
@@ -212,22 +213,22 @@ def _gain_charts(comparison: Comparison, colors: Mapping[str, str]) -> dict[str,
 
 
 @torch.no_grad()
-def usage_charts(groups: Sequence[Group], count: int) -> dict[str, str]:
+def usage_charts(groups: Sequence[Group], count: int = 32) -> dict[str, str]:
     """How much the experts of networks that have some act for each task, on so many evaluation samples."""
     charts = {}
     for group in groups:
         run = group.runs[0]
-        if not count or not run.recipe.model.neck.EXPERTS:
+        if not run.recipe.model.neck.EXPERTS:
             continue
         samples, model = run.recipe.data.open(run.scores["split"], run.tasks, train=False), run.model()
         panels: dict[str, dict[str, Any]] = {}
-        chosen = dict.fromkeys(i * len(samples) // count for i in range(count))
-        for index in chosen:
+        chosen = [*dict.fromkeys(i * len(samples) // count for i in range(count))]
+        for index in track(chosen, f"experts of {group.name}"):
             model(samples[index]["image"][None])
             for name, tasks in model.neck.usage().items():
                 panel = panels.setdefault(name, dict.fromkeys(tasks, 0.0))
                 panels[name] = {t: panel[t] + gates.cpu().numpy() / len(chosen) for t, gates in tasks.items()}
-        title = f"{group.name}: mean gate of each expert"
+        title = f"{group.name}: mean gate of each expert, {len(chosen)} images"
         charts[f"experts-{group.name}"] = heat_maps(panels, title)
     return charts
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from polytask.charts import COLORS, FAINT
 from polytask.report import make_report, write_report
-from tests.conftest import Make, rescored, reseeded
+from tests.conftest import Make, rescored, reseeded, small, train_quietly
 
 
 class Page(HTMLParser):
@@ -142,3 +142,16 @@ def test_files(runs: dict[str, Path], tmp_path: Path) -> None:
     for name in figures:
         if name.endswith(".svg"):
             assert ET.parse(tmp_path / "out" / "figures" / name).getroot().tag.endswith("svg")
+
+
+def test_usage_of_experts(rooms: Path, tmp_path: Path) -> None:
+    neck = "{type: mlore, gates: top_first, width: 8, ranks: [1, 2, 3], task_rank: 1, chosen: 2}"
+    changes = f"model.neck={neck}", "model.head=upsampled", "model.adapter=null", "tasks=[semseg, depth]"
+    run = tmp_path / "experts"
+    train_quietly(small(*changes, "name=experts", "phases.0.steps=1"), run)
+    charts = make_report([run], panels=0).charts
+    root = ET.fromstring(charts["experts-experts"])
+    told = [node.text or "" for node in root.iter() if node.tag.endswith("title")]
+    assert len([text for text in told if text.startswith("semseg, 3: ")]) == 8  # modules
+    first = [float(text.split(": ")[1]) for text in told if text.startswith("depth, ")][:3]
+    assert abs(sum(first) - 1) < 1e-2
