@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from polytask.config import decode
 from polytask.convert.mlore import convert_state, official_name
@@ -81,27 +83,81 @@ def assert_outputs(output: Output, name: str) -> None:
         torch.testing.assert_close(found, vectors(name)[f"output.{task}"], rtol=0, atol=atol)
 
 
+def theirs(task: str) -> str:
+    return {v: k for k, v in TASK_NAMES.items()}.get(task, task)
+
+
+def record(module: Any, name: str, seen: dict[str, Any]) -> None:
+    """Keep what a module returns, and the input of a linear layer."""
+
+    def hook(_: Any, inputs: Any, output: Any) -> None:
+        seen[name] = output
+        seen[f"{name}, input"] = inputs[0]
+
+    module.register_forward_hook(hook)
+
+
 @names
 @torch.no_grad()
 def test_evaluation(name: str) -> None:
-    model, io = model_of(name), vectors(name)
-    seen: dict[str, Any] = {}
-    for part in ("first", "second"):
-        getattr(model.neck, part)[0 if part == "first" else 3].register_forward_hook(
-            lambda _, __, y, part=part: seen.update({part: y})
+    """Every vector of the official forward pass, each compared once."""
+    model, io, seen = model_of(name), vectors(name), {}
+    net, neck = model.backbone.net, model.neck
+    left = {key for key in io if key.startswith(("mid.", "output."))}
+
+    def same(key: str, found: Tensor) -> None:
+        atol = 1e-5 * max(1.0, float(io[key].abs().max()))
+        torch.testing.assert_close(
+            found, io[key].view_as(found), rtol=1e-4, atol=atol, msg=lambda text: f"{key}: {text}"
         )
+        left.discard(key)
+
+    record(net.patch_drop, "embedded", seen)
+    record(net.norm, "final_norm", seen)
+    for k, block in enumerate(net.blocks):
+        record(block, f"block{k}", seen)
+    for level, projection in enumerate(neck.projections):
+        record(projection, f"fea_fuse.{level}", seen)
+    for k, modules in enumerate((neck.first, neck.second), 1):
+        for level, module in enumerate(modules):
+            record(module, f"moe{k}.{level}", seen)
+            for task, path in module.tasks.items():
+                record(path.router.gate, f"moe{k}.{level}.{task}", seen)
+    for task in model.tasks:
+        record(neck.mix[task][-1], f"mix.{task}", seen)
+        record(model.heads[task], f"head.{task}", seen)
+    record(neck, "neck", seen)
     output = model(io["input.image"])
-    assert_outputs(output, name)
-    for place, key in (("first", "mid.moe1.0"), ("second", "mid.moe2.3")):
+
+    for key in ("embedded", "final_norm", *(f"block{k}" for k in range(len(net.blocks)))):
+        same(f"mid.tokens.{key}", seen[key])
+    for level in range(4):
+        same(f"mid.fea_fuse.{level}", seen[f"fea_fuse.{level}"])
+    for place in (f"moe{k}.{level}" for k in (1, 2) for level in range(4)):
         maps, gates = seen[place]
         for task, gate in zip(maps, gates, strict=True):
-            official = {v: k for k, v in TASK_NAMES.items()}.get(task, task)
-            expected = io[f"{key}.gate.{official}"]
+            expected = io[f"mid.{place}.gate.{theirs(task)}"]
             torch.testing.assert_close(gate, expected, rtol=0, atol=1e-5)
             assert torch.equal(gate == 0, expected == 0)
-            torch.testing.assert_close(maps[task], io[f"{key}.{official}"], rtol=1e-4, atol=1e-5)
-    balance = float(output.penalties["expert_balance"])
-    assert math.isclose(balance, META[name]["eval_losses"]["cv"], rel_tol=1e-5)
+            left.discard(f"mid.{place}.gate.{theirs(task)}")
+            same(f"mid.{place}.{theirs(task)}", maps[task])
+            same(f"mid.{place}.route_feat.{theirs(task)}", seen[f"{place}.{task}, input"])
+            same(f"mid.{place}.router_logits.{theirs(task)}", seen[f"{place}.{task}"])
+    for task in model.tasks:
+        same(f"mid.scale_mask_logits.{theirs(task)}", seen[f"mix.{task}"])
+        enlarged = F.interpolate(seen["neck"][task], scale_factor=4, mode="bilinear", align_corners=False)
+        same(f"mid.fused_up4.{theirs(task)}", enlarged[..., ::2, ::2])
+        same(f"mid.head_quarter.{theirs(task)}", seen[f"head.{task}"])
+        left.discard(f"output.{theirs(task)}")
+    assert_outputs(output, name)
+    assert not left
+
+    expected, tasks = META[name]["eval_losses"], tasks_of(META[name])
+    assert math.isclose(float(output.penalties["expert_balance"]), expected["cv"], rel_tol=1e-5)
+    for task, value in labels(name).items():
+        loss = tasks[task].loss(output.logits[task].double(), value)
+        assert loss is not None
+        assert math.isclose(float(loss), expected[theirs(task)], rel_tol=1e-5), task
 
 
 @names
@@ -135,6 +191,30 @@ def test_merged_kernels(name: str) -> None:
         torch.testing.assert_close(bias, io[f"merged.moe1.0.semseg.sample{sample}.bias"], rtol=0, atol=1e-5)
 
 
+@names
+@torch.no_grad()
+def test_metrics(name: str) -> None:
+    """Those of the official evaluation, but for the loss it gives of edges."""
+    output = model_of(name)(vectors(name)["input.image"])
+    count = META[name]["num_output"]
+    scored = {
+        "saliency": Saliency(two_channels=True, double_sigmoid=True), "normals": Normals(),
+        "depth": Depth(max_depth=80.0),
+    }  # fmt: skip
+    for official, expected in META[name]["eval_metrics"].items():
+        if official == "edge":
+            continue
+        task = ours(official)
+        classes = tuple(map(str, range(count[official])))
+        kind = scored.get(task) or Segmentation(classes=classes, absent="zero")
+        found: dict[str, float] = {}
+        for metric in kind.accumulators():
+            metric.update(kind.predict(output.logits[task]), labels(name)[task])
+            found |= metric.compute()
+        for key, value in expected.items():
+            assert math.isclose(found[key], value, rel_tol=1e-4), (task, key)
+
+
 def labels(name: str) -> dict[str, Tensor]:
     """Labels as our tasks take them: integers, and vectors that are zero where invalid."""
     found = {}
@@ -155,7 +235,14 @@ def test_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for level in range(4) for k in (1, 2) for task in meta["tasks"]
     )  # fmt: skip
     monkeypatch.setattr(torch, "randn_like", lambda _: next(noise).double())
+    seen: dict[str, Any] = {}
+    for k, modules in enumerate((model.neck.first, model.neck.second), 1):  # type: ignore[arg-type]
+        for level, module in enumerate(modules):
+            record(module, f"moe{k}.{level}", seen)
+    for task in model.tasks:
+        record(model.heads[task], task, seen)
     output, tasks = model(io["input.image"].double()), tasks_of(meta)
+    assert_training_forward(seen, name)
     losses = {t: task.loss(output.logits[t], labels(name)[t]) for t, task in tasks.items()}
     weights, total = meta["loss_weights"], output.penalties["expert_balance"]
     assert math.isclose(total.item(), meta["train_losses"]["cv"], rel_tol=1e-5)
@@ -172,6 +259,21 @@ def test_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in (k for k in io if k.startswith("train.bn_after.")):
         after = found[key.removeprefix("train.bn_after.")].float()
         torch.testing.assert_close(after, io[key], rtol=1e-4, atol=1e-5)
+
+
+def assert_training_forward(seen: dict[str, Any], name: str) -> None:
+    """Gates under the recorded noise, and what the heads return."""
+    for key, expected in vectors(name).items():
+        if match := re.fullmatch(r"train\.mid\.(moe\d\.\d)\.gate\.(\w+)", key):
+            maps, gates = seen[match[1]]
+            found = gates[[*maps].index(ours(match[2]))].float()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            assert torch.equal(found == 0, expected == 0)
+        elif match := re.fullmatch(r"train\.mid\.head_quarter\.(\w+)", key):
+            atol = 2e-4 if match[1] == "sal" else 1e-4
+            torch.testing.assert_close(seen[ours(match[1])].float(), expected, rtol=0, atol=atol)
+        else:
+            assert not key.startswith("train.mid."), key
 
 
 def assert_gradients(model: MultiTaskModel, name: str) -> None:
