@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polytask.errors import PolytaskError, PolytaskWarning
+from polytask.errors import ConfigError, PolytaskError, PolytaskWarning
 from polytask.parser import parser
 
 if TYPE_CHECKING:
@@ -178,7 +178,12 @@ def _convert(args: argparse.Namespace) -> int:
         count = official.export_run(args.system, args.file, args.to_official, args.checkpoint)
         say(f"official checkpoint: {args.to_official}, {count} tensors")
         return _done(args, {"file": str(args.to_official), "tensors": count})
-    if args.file.suffix in (".yaml", ".yml"):
+    settings = args.file.suffix in (".yaml", ".yml")
+    for option, given, fits in (("--tasks", args.tasks, settings), ("--config", args.config, not settings)):
+        if given and not fits:
+            kind = "checkpoint, which has its own tasks" if option == "--tasks" else "settings file"
+            raise ConfigError(f"is of no use with a {kind}", where=option, got=str(given))
+    if settings:
         tasks = [name.strip() for name in args.tasks.split(",")] if args.tasks else None
         kind, output = "recipe", args.output or Path(f"{args.file.stem}.recipe.yaml")
         draft = official.convert_settings(args.system, args.file, output, tasks=tasks, changes=args.sets)

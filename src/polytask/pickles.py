@@ -203,4 +203,7 @@ def state_dict(content: object, where: str) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in content.values())
     ):
         raise CheckpointError("holds no tensors by name", where=where, expected="a state dict")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
+    found = {str(name).removeprefix("module."): value for name, value in content.items()}
+    if len(found) < len(content):
+        raise CheckpointError("holds a tensor both with and without the prefix module.", where=where)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -32,6 +33,7 @@ from polytask.charts import (
 from polytask.comparison import Comparison, Group, compare_groups, grouped
 from polytask.config import encode
 from polytask.data.pipelines import Pipeline
+from polytask.errors import DatasetNotFoundError, PolytaskWarning
 from polytask.files import dump_yaml, make_folder, write_text
 from polytask.model import MultiTaskModel
 from polytask.progress import track
@@ -220,7 +222,13 @@ def usage_charts(groups: Sequence[Group], count: int = 32) -> dict[str, str]:
         run = group.runs[0]
         if not run.recipe.model.neck.EXPERTS:
             continue
-        samples, model = run.recipe.data.open(run.scores["split"], run.tasks, train=False), run.model()
+        try:
+            samples = run.recipe.data.open(run.scores["split"], run.tasks, train=False)
+        except DatasetNotFoundError as error:
+            text = f"the use of experts of {group.name} is not shown: {error}"
+            warnings.warn(text, PolytaskWarning, stacklevel=3)
+            continue
+        model = run.model()
         panels: dict[str, dict[str, Any]] = {}
         chosen = [*dict.fromkeys(i * len(samples) // count for i in range(count))]
         for index in track(chosen, f"experts of {group.name}"):
@@ -229,6 +237,7 @@ def usage_charts(groups: Sequence[Group], count: int = 32) -> dict[str, str]:
                 panel = panels.setdefault(name, dict.fromkeys(tasks, 0.0))
                 panels[name] = {t: panel[t] + gates.cpu().numpy() / len(chosen) for t, gates in tasks.items()}
         title = f"{group.name}: mean gate of each expert, {len(chosen)} images"
+        title += f", seed {run.recipe.seed}" if len(group.runs) > 1 else ""
         charts[f"experts-{group.name}"] = heat_maps(panels, title)
     return charts
 

@@ -289,3 +289,61 @@ def test_a_recipe_of_another_neck(tmp_path: Path) -> None:
         ConfigError, match=r"model\.neck: the official code has no such model, expected mlore"
     ):
         load_official("mlore", written(tmp_path, "pascal"), recipe)
+
+
+def test_a_size_that_is_stated(tmp_path: Path) -> None:
+    """A network whose number of patches is a square by chance."""
+    given = {
+        key: torch.randn(1, 37, 24) if key == "backbone.pos_embed" else torch.randn(1, 36)
+        for key in state("pascal")
+        if key == "backbone.pos_embed" or key.endswith("convsp.weight")
+    }
+    file, changes = written(tmp_path, "pascal", **given), [*told("pascal")[:2], "data.image_size=[64,144]"]
+    with pytest.warns(PolytaskWarning, match="36 patches are taken to be images of 64x144, as stated, not"):
+        convert_checkpoint("mlore", file, tmp_path / "run", changes=changes)
+    positions = Run(tmp_path / "run").model().state_dict()["backbone.net.pos_embed"]
+    assert torch.equal(positions, given["backbone.pos_embed"][:, 1:])
+
+
+ODD = {
+    "backbone.pos_embed": torch.ones(1, 37, 24),
+    "backbone.MLoRE_1.0.router_1.sal.0.convsp.weight": torch.ones(1, 30),
+}
+SPLIT = {f"backbone.blocks.{k}.norm1.weight": torch.ones(24) for k in (9, 99999)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"backbone.pos_embed": torch.ones(24)}, r"pos_embed of 3 dimensions, got '24'"),
+        ({"backbone.pos_embed": torch.ones(1, 0, 24)}, "of 3 dimensions, got '1/0/24'"),
+        ({"backbone.patch_embed.proj.weight": torch.tensor(1.0)}, r"proj\.weight of 4 dimensions, got ''"),
+        ({"backbone.fea_fuse.0.weight": torch.tensor(1.0)}, r"fea_fuse\.0\.weight of 4 dimensions"),
+        ({"heads.semseg.linear_pred.weight": torch.tensor(1.0)}, "heads of no known dataset.*semseg 0"),
+        (SPLIT, r"expected blocks numbered from 0 without gaps, got '6, the last of them 99999'"),
+        (ODD, r"1 problems, first: .* has shape \(1, 30\), expected"),
+        ({"backbone.norm.bias": torch.full((24,), float("nan"))}, "not finite, first backbone.net.norm.bias"),
+        ({"module.backbone.norm.bias": torch.ones(24)}, "both with and without the prefix module"),
+    ],
+)  # fmt: skip
+def test_damaged_checkpoints(changes: dict[str, Tensor], sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "damaged.pth"
+    torch.save({"model": {**state("pascal"), **changes}}, file)
+    with pytest.raises(PolytaskError, match=sentence):
+        convert_checkpoint(
+            "mlore", file, tmp_path / "run", changes=[*told("pascal"), "model.neck.any_size=true"]
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_are_needed(tmp_path: Path) -> None:
+    file = tmp_path / "damaged.pth"
+    torch.save({k: v for k, v in state("pascal").items() if ".blocks." not in k}, file)
+    with pytest.raises(CheckpointError, match="expected blocks numbered from 0 without gaps, got '0,"):
+        convert_checkpoint("mlore", file, tmp_path / "run", changes=told("pascal"))
+
+
+def test_options_for_the_other_kind_of_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", "mlore", str(written(tmp_path, "pascal")), "--output", str(tmp_path / "run")]
+    assert main([*command, "--tasks", "semseg"]) == 2
+    assert "--tasks: is of no use with a checkpoint, which has its own tasks" in capsys.readouterr().err

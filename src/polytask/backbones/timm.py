@@ -269,9 +269,9 @@ class Backbone(nn.Module):
                 image, indices=indices, intermediates_only=True, output_fmt="NCHW"
             )
         except AssertionError as error:
-            raise ConfigError(
-                f"the backbone cannot take this image ({error})", got=tuple(image.shape), where="image size"
-            ) from None
+            what = f"the backbone cannot take this image ({error})"
+            hint = "a ViT takes other sizes with dynamic_img_size: true in model.backbone.options"
+            raise ConfigError(what, got=tuple(image.shape), where="image size", hint=hint) from None
         finally:
             for hook in hooks:
                 hook.remove()

@@ -87,25 +87,37 @@ def _neck(model: MultiTaskModel) -> ExpertNeck:
 
 def _on_grid(state: State, model: MultiTaskModel) -> dict[str, Tensor]:
     """The state dict without the class token's position, its maps of places on the grid of the model."""
-    neck, positions = _neck(model), state[_POSITIONS][:, 1:]
+    neck, positions = _neck(model), state[_POSITIONS]
+    if positions.dim() != 3:
+        return {**state}  # refused with other shapes that do not fit
+    positions = positions[:, 1:]
     count, new = positions.shape[1], neck.grid
-    old = grid_of(count) or (new if count == new[0] * new[1] else None)
-    if old == new:
+    usual = grid_of(count)
+    if count == new[0] * new[1]:
+        if usual not in (None, new):
+            warnings.warn(
+                f"{count} patches are taken to be {_size(new)}, as stated, not {_size(usual)}",
+                PolytaskWarning, stacklevel=5,
+            )  # fmt: skip
         return {**state, _POSITIONS: positions}
-    if old is None or not neck.spec.any_size:
-        other = ", or model.neck.any_size=true to resize maps of places" if old else ""
+    if usual is None or not neck.spec.any_size:
+        other = ", or model.neck.any_size=true to resize maps of places" if usual else ""
         raise CheckpointError(
-            f"the checkpoint is for {_size(old) if old else f'images of {count} patches'}, "
+            f"the checkpoint is for {_size(usual) if usual else f'images of {count} patches'}, "
             f"the recipe for {_size(new)}",
             hint=f"set data.image_size to that size{other}",
         )
     warnings.warn(
-        f"the checkpoint is for {_size(old)}; positions and the routers' maps of places are resized to "
+        f"the checkpoint is for {_size(usual)}; positions and the routers' maps of places are resized to "
         f"{_size(new)} (published figures are for the former)",
         PolytaskWarning, stacklevel=5,
     )  # fmt: skip
-    resized = resample_abs_pos_embed(positions, [*new], [*old], num_prefix_tokens=0, antialias=False)
-    places = {k: resized_places(v, old, new) for k, v in state.items() if k.endswith(_PLACES)}
+    resized = resample_abs_pos_embed(positions, [*new], [*usual], num_prefix_tokens=0, antialias=False)
+    places = {
+        key: resized_places(value, usual, new)
+        for key, value in state.items()
+        if key.endswith(_PLACES) and value.numel() == count
+    }
     return {**state, **places, _POSITIONS: resized}
 
 

@@ -36,7 +36,7 @@ def outputs_of(state: State) -> dict[str, int]:
     found = {}
     for key, value in state.items():
         if match := re.fullmatch(r"heads\.(\w+)\.linear_pred\.weight", key):
-            found[match[1]] = len(value)
+            found[match[1]] = [*value.shape, 0][0]
     return found
 
 
@@ -58,17 +58,14 @@ def infer(state: State, where: str) -> Draft:
         expected = "keys heads.TASK.linear_pred.weight"
         raise CheckpointError("this is no MLoRE checkpoint", where=where, expected=expected)
     folder = _folder(outputs, where)
-    try:
-        neck, places = _neck(shapes, next(iter(outputs))), shapes["backbone.pos_embed"][1] - 1
-        width = shapes["backbone.patch_embed.proj.weight"][0]
-    except KeyError as error:
-        expected = f"a tensor {error.args[0]}"
-        raise CheckpointError("this is no MLoRE checkpoint", where=where, expected=expected) from None
+    neck, depth = _neck(shapes, next(iter(outputs)), where), _depth(shapes, where)
+    places = _shape(shapes, "backbone.pos_embed", 3, where)[1] - 1
+    width = _shape(shapes, "backbone.patch_embed.proj.weight", 4, where)[0]
     names = PUBLISHED[folder]
     name = f"{folder}/{names.get(width, next(iter(names.values())))}"
     recipe = load_yaml(find_recipe(Path(name)))
     asked = {"model.neck.gates": _GATES}
-    backbone = recipe["model"]["backbone"] | _network(width, _depth(shapes))
+    backbone = recipe["model"]["backbone"] | _network(width, depth)
     backbone["options"] = recipe["model"]["backbone"]["options"] | backbone["options"]
     if width not in _SIZES:
         asked["model.backbone.options.num_heads"] = f"no tensor tells the heads of a ViT of width {width}"
@@ -82,7 +79,7 @@ def infer(state: State, where: str) -> Draft:
         "model": recipe["model"] | {"backbone": backbone, "neck": neck},
     }  # fmt: skip
     del recipe["name"]
-    told = f"ViT of width {width} and depth {_depth(shapes)}, decoder of width {neck['width']}, " + (
+    told = f"ViT of width {width} and depth {depth}, decoder of width {neck['width']}, " + (
         f"experts of ranks {neck['ranks']}, task rank {neck['task_rank']}, {places} patches"
     )
     notes = (f"read off the tensors: {told}", f"assumed: 9 experts act, trained as recipe {name} is")
@@ -105,9 +102,24 @@ def _listed(outputs: Mapping[str, int]) -> str:
     return ", ".join(f"{task} {channels}" for task, channels in outputs.items())
 
 
-def _depth(shapes: Shapes) -> int:
-    blocks = [m[1] for key in shapes if (m := re.match(r"backbone\.blocks\.(\d+)\.", key))]
-    return 1 + max(map(int, blocks), default=-1)
+def _shape(shapes: Shapes, key: str, dimensions: int, where: str) -> tuple[int, ...]:
+    """Of a tensor that has to be there."""
+    found = shapes.get(key, ())
+    if len(found) != dimensions or 0 in found:
+        got = "/".join(map(str, found)) if key in shapes else None
+        expected = f"a tensor {key} of {dimensions} dimensions"
+        raise CheckpointError("this is no MLoRE checkpoint", where=where, got=got, expected=expected)
+    return found
+
+
+def _depth(shapes: Shapes, where: str) -> int:
+    """Number of blocks, which have to be numbered without gaps."""
+    blocks = {int(m[1]) for key in shapes if (m := re.match(r"backbone\.blocks\.(\d+)\.", key))}
+    if not blocks or max(blocks) >= len(blocks):
+        got = f"{len(blocks)}, the last of them {max(blocks, default=None)}"
+        expected = "blocks numbered from 0 without gaps"
+        raise CheckpointError("this is no MLoRE checkpoint", where=where, got=got, expected=expected)
+    return len(blocks)
 
 
 def _network(width: int, depth: int) -> dict[str, Any]:
@@ -119,11 +131,15 @@ def _network(width: int, depth: int) -> dict[str, Any]:
     return {"name": f"vit_{size}_patch16_384", "options": options}
 
 
-def _neck(shapes: Shapes, task: str) -> dict[str, Any]:
+def _neck(shapes: Shapes, task: str, where: str) -> dict[str, Any]:
     module = "backbone.MLoRE_1.0"
     count = sum(re.fullmatch(rf"{module}\.lora_list_1\.\d+\.W\.weight", key) is not None for key in shapes)
+
+    def first(key: str) -> int:
+        return _shape(shapes, key, 4, where)[0]
+
     return {
-        "type": "mlore", "width": shapes["backbone.fea_fuse.0.weight"][0], "chosen": 9,
-        "ranks": [shapes[f"{module}.lora_list_1.{expert}.W.weight"][0] for expert in range(count)],
-        "task_rank": shapes[f"{module}.conv2.{task}.W.weight"][0],
+        "type": "mlore", "width": first("backbone.fea_fuse.0.weight"), "chosen": 9,
+        "ranks": [first(f"{module}.lora_list_1.{expert}.W.weight") for expert in range(count)],
+        "task_rank": first(f"{module}.conv2.{task}.W.weight"),
     }  # fmt: skip

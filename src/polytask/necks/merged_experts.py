@@ -2,13 +2,14 @@
 
 In eval mode all between the map that enters a module and its nonlinearity is linear, so that the gates mix
 kernels: ``K = alpha * sum_e gate_e W_e + m W_task + W_common``, with the batch norm of the experts' sum in
-alpha (exact at the borders too, since padding sits on the 3x3 convolutions only).
+alpha (exact at the borders too, since padding sits on the 3x3 convolutions only). The other batch norm scales
+what comes out, which is less to scale than the kernels of all tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,36 +66,48 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 class MergedPath(nn.Module):
-    """What is left of one task's path, batch norms folded.
+    """What is left of one task's path.
 
     Args:
         path: of a module.
+        memory: keep the dense kernel of the task's own path (``bank``), or its factors (``on_the_fly``).
         common: bias of the module's common convolution, ``[C]``.
         leave: what follows the nonlinearity: the path's own 1x1 convolution, or one that has the next
             module's in it.
         enters: whether the module's first 1x1 convolution is its own to do.
     """
 
-    def __init__(self, path: TaskPath, common: Tensor, leave: nn.Conv2d, *, enters: bool) -> None:
+    def __init__(
+        self, path: TaskPath, memory: str, common: Tensor, leave: nn.Conv2d, *, enters: bool
+    ) -> None:
         super().__init__()
         self.enter = path.enter if enters else nn.Identity()
         self.router, self.leave = path.router, leave
         alpha, shift = _affine(path.expert_norm)
         kernel, bias = path.own.dense()
         factor, summand = _affine(path.norm)
+        dense = memory == "bank"
         buffers = {
-            "alpha": alpha, "bias": shift + common, "kernel": kernel, "own_bias": bias,
+            "alpha": alpha, "bias": shift + common, "own_bias": bias,
             "factor": factor[:, None, None], "summand": summand[:, None, None],
+            "kernel": kernel if dense else None, "down": None if dense else path.own.down.weight.flatten(1),
+            "up": None if dense else path.own.up.weight.flatten(1),
         }  # fmt: skip
         for name, value in buffers.items():
-            self.register_buffer(name, value.detach().clone())
+            self.register_buffer(name, None if value is None else value.detach().clone())
 
     alpha: Tensor
     bias: Tensor
-    kernel: Tensor
     own_bias: Tensor
     factor: Tensor
     summand: Tensor
+    kernel: Tensor | None
+    down: Tensor
+    up: Tensor
+
+    def own(self) -> Tensor:
+        """Dense kernel of the task's own path, ``[C, 9 C]``."""
+        return self.up @ self.down if self.kernel is None else self.kernel
 
 
 class MergedModule(nn.Module):
@@ -111,10 +124,14 @@ class MergedModule(nn.Module):
         nexts: dict[str, Any] = {} if following is None else dict(following.tasks.items())
         leave = {t: _joined(p.leave, nexts[t].enter) if nexts else p.leave for t, p in paths.items()}
         self.tasks = PerTask(
-            {t: MergedPath(p, module.common.bias, leave[t], enters=enters) for t, p in paths.items()}
+            {t: MergedPath(p, memory, module.common.bias, leave[t], enters=enters) for t, p in paths.items()}
         )
 
     common: Tensor
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+        """Stays in eval mode: statistics are folded, and gates are to have no noise."""
+        return super().train(mode=False)
 
     def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Maps ``[B, C, h, w]`` of tasks -> theirs, and gates ``[T, B, N]``."""
@@ -138,7 +155,7 @@ class MergedModule(nn.Module):
         for number, (path, m) in enumerate(zip(paths, factors, strict=True)):
             # one view each, as autograd lets views that come several at once not be written to
             kernel, bias = kernels.unflatten(0, by_task)[number], biases.unflatten(0, by_task)[number]
-            kernel.mul_(path.alpha[:, None]).addcmul_(m[:, None, None], path.kernel).add_(self.common)
+            kernel.mul_(path.alpha[:, None]).addcmul_(m[:, None, None], path.own()).add_(self.common)
             bias.mul_(path.alpha).addcmul_(m[:, None], path.own_bias).add_(path.bias)
         return kernels, biases
 

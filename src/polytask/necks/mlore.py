@@ -123,7 +123,7 @@ class TaskPath(nn.Module):
         super().__init__()
         width = spec.width
         self.enter, self.leave = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-        self.router = Router(width, len(spec.ranks), spec.chosen, spec.gates, grid, any_size=spec.any_size)
+        self.router = Router(width, len(spec.ranks), spec.chosen, spec.gates, grid)
         self.own = LowRank(width, spec.task_rank)
         self.expert_norm, self.norm = BatchNorm2d(width), BatchNorm2d(width)
 
@@ -215,9 +215,14 @@ class ExpertNeck(Neck, Drainable, Mergeable):
         return found
 
     def _grid(self, level: Tensor) -> Size:
-        """Of an image whose finest level this is; the router refuses a size that it cannot take."""
+        """Of an image whose finest level this is."""
         if level.shape[-2:] == self.finest:
             return self.grid
+        if not self.spec.any_size:
+            what, hint = "the routers were made for another image size", "set model.neck.any_size=true"
+            got, expected = (f"{h}x{w}" for h, w in (level.shape[-2:], self.finest))
+            raise ConfigError(what, where="model.neck", got=got, hint=hint,
+                              expected=f"a finest level of {expected}")  # fmt: skip
         height, width = (
             max(1, g * n // f) for g, n, f in zip(self.grid, level.shape[-2:], self.finest, strict=True)
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.errors import ConfigError, PolytaskWarning
+from polytask.errors import PolytaskWarning
 from polytask.necks.base import Size
 
 Gates = Literal["softmax_first", "top_first"]
@@ -24,15 +24,12 @@ class Router(nn.Module):
         chosen: experts whose gates are not zero.
         order: softmax over all experts, then the best (gates sum to less than 1); or the best, then softmax.
         grid: size of the maps.
-        any_size: take maps of other sizes.
     """
 
-    def __init__(
-        self, width: int, experts: int, chosen: int, order: Gates, grid: Size, *, any_size: bool
-    ) -> None:
+    def __init__(self, width: int, experts: int, chosen: int, order: Gates, grid: Size) -> None:
         super().__init__()
         quarter = width // 4
-        self.chosen, self.order, self.grid, self.any_size = chosen, order, grid, any_size
+        self.chosen, self.order, self.grid = chosen, order, grid
         self.reduce, self.channel_norm = nn.Conv2d(width, quarter, 1), nn.LayerNorm(quarter)
         self.channel = nn.Linear(quarter, quarter)
         self.places, self.place_norm = nn.Linear(grid[0] * grid[1], 1), nn.LayerNorm(width)
@@ -68,17 +65,9 @@ class Router(nn.Module):
         return logits
 
     def _places(self, height: int, width: int) -> Tensor:
-        """The weight of each place ``[1, P]``.
-
-        Raises:
-            ConfigError: another grid, unless it may be any.
-        """
+        """The weight of each place ``[1, P]``, resized for another grid."""
         if (height, width) == self.grid:
             return self.places.weight
-        if not self.any_size:
-            what, hint = "the router was made for another image size", "set model.neck.any_size=true"
-            got, expected = f"{height}x{width}", f"a grid of {self.grid[0]}x{self.grid[1]}"
-            raise ConfigError(what, where="model.neck", got=got, expected=expected, hint=hint)
         warnings.warn(
             "an image of another size than the router was made for: its map of places is resized (published "
             "figures are for one size)",

@@ -152,14 +152,15 @@ def test_tasks_asked_cost_only_themselves() -> None:
 
 
 def test_memory_of_the_merged_model() -> None:
-    """A bank keeps N dense kernels for each of eight modules, the factors are far smaller."""
+    """A bank keeps N + T dense kernels for each of eight modules, the factors are far smaller."""
     wide = {"width": 32, "ranks": [1, 2, 3, 4, 5, 6]}
     bank, fly = (
         cost(build(spec_of(memory=memory, **wide)), TASKS, (64, 64)) for memory in ("bank", "on_the_fly")
     )
     ranks = 1 + 2 + 3 + 4 + 5 + 6
     kernels, factors = 4 * 6 * 9 * 32 * 32, ranks * (4 * (9 * 32 + 32) + 8)  # and an index per rank
-    assert bank.merged_bytes - fly.merged_bytes == 8 * (kernels - factors)
+    own = len(TASKS) * 4 * (9 * 32 * 32 - 2 * (9 * 32 + 32))
+    assert bank.merged_bytes - fly.merged_bytes == 8 * (kernels - factors + own)
     assert bank.adapter == 0
 
 
@@ -203,7 +204,7 @@ def test_another_size(any_size: bool) -> None:
     model = randomized(build(spec_of({**PLAIN_VIT, "options": options}, any_size=any_size)))
     if not any_size:
         with pytest.raises(
-            ConfigError, match=r"made for another image size, expected a grid of 4x4, got '2x6'"
+            ConfigError, match=r"for another image size, expected a finest level of 4x4, got '2x6'"
         ):
             model(image(1, (32, 96)))
         return
@@ -212,6 +213,20 @@ def test_another_size(any_size: bool) -> None:
     assert logits["depth"].shape == (1, 1, 32, 96)
     with pytest.warns(PolytaskWarning, match="another size"):
         assert gap(model.merged()(image(1, (32, 96))).logits, logits) < 1e-5  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_another_size_on_the_same_grid() -> None:
+    """An image a little larger, whose coarser levels have the grid's size when rounded."""
+    model = randomized(build(spec_of(BACKBONES["convnext"])))
+    with pytest.raises(ConfigError, match="the routers were made for another image size"):
+        model(image(1, (72, 64)))
+
+
+@torch.no_grad()
+def test_merged_models_are_for_inference() -> None:
+    merged = randomized(build(spec_of())).merged().train()  # type: ignore[operator]
+    assert gap(merged(image()).logits, merged(image()).logits) == 0
 
 
 def test_kernels_of_each_image() -> None:
