@@ -136,7 +136,8 @@ def number(value: float | None, form: str, spread: float | None = None) -> str:
 
 def print_cost(figures: Mapping[str, object]) -> None:
     """A cost report."""
-    rows = [(key.replace("_", " "), _readable(key, value)) for key, value in figures.items()]
+    known = {key: value for key, value in figures.items() if value is not None}
+    rows = [(key.replace("_", " "), _readable(key, value)) for key, value in known.items()]
     table("cost of one image (1 MAC = 2 FLOPs)", ["figure", "value"], rows)
 
 
