@@ -140,12 +140,12 @@ class ExpertModule(nn.Module):
     def forward(self, maps: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Maps ``[B, C, h, w]`` of tasks -> theirs, and gates ``[T, B, N]``."""
         paths: list[TaskPath] = [self.tasks[task] for task in maps]  # type: ignore[misc]
-        entered = torch.stack([p.enter(x) for p, x in zip(paths, maps.values(), strict=True)])
+        entered = [p.enter(x) for p, x in zip(paths, maps.values(), strict=True)]
         gates, factors = zip(*(p.router(u) for p, u in zip(paths, entered, strict=True)), strict=True)
-        flat = entered.flatten(0, 1)  # [T B, C, h, w]
+        flat = torch.cat(entered)  # [T B, C, h, w]
         kernels, biases = self.experts.dense()
-        summed = mixed_convolution(flat, torch.cat(gates), kernels, biases).view_as(entered)
-        common = self.common(flat.detach()).view_as(entered)
+        summed = mixed_convolution(flat, torch.cat(gates), kernels, biases).chunk(len(paths))
+        common = self.common(flat.detach()).chunk(len(paths))
         found = {}
         for number, (task, path) in enumerate(zip(maps, paths, strict=True)):
             own = factors[number][:, None, None, None] * path.own(entered[number])
