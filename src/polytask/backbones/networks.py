@@ -38,10 +38,12 @@ def create(spec: BackboneSpec, image_size: tuple[int, int]) -> nn.Module:
         if "img_size" not in str(error):
             raise ConfigError(f"timm refuses an option ({error})", where="model.backbone.options") from None
         net = _create_sizeless(spec, options)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, ArithmeticError) as error:
         raise _unsuitable(spec, image_size, error) from None
     except (OSError, RuntimeError) as error:
-        raise _unreachable(spec, error) from None
+        raise (
+            _unreachable(spec, error) if spec.pretrained else _unsuitable(spec, image_size, error)
+        ) from None
     _refuse_uncovered_pixels(net, spec, image_size)
     if spec.weights:
         load_weights(net, spec.weights)
@@ -67,7 +69,11 @@ def _refuse_uncovered_pixels(net: nn.Module, spec: BackboneSpec, image_size: tup
     fits = all(size % patch == 0 for size, patch in zip(image_size, patches.stride, strict=True))
     if not fits and not getattr(embedding, "dynamic_img_pad", False):
         height, width = patches.stride
-        raise _unsuitable(spec, image_size, ValueError(f"patches of {height}x{width} do not cover it"))
+        raise ConfigError(
+            f"{spec.name} has patches of {height}x{width}, which do not cover the image",
+            where="data.image_size", got=f"{image_size[0]}x{image_size[1]}",
+            hint="use a multiple of the backbone's patch size and total stride",
+        )  # fmt: skip
 
 
 def _create_sizeless(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
@@ -90,11 +96,11 @@ def _unreachable(spec: BackboneSpec, error: Exception) -> CheckpointError:
 
 
 def _unsuitable(spec: BackboneSpec, image_size: tuple[int, int], error: Exception) -> ConfigError:
+    height, width = image_size
     return ConfigError(
-        f"{spec.name} cannot take this image size or option ({error})",
-        where="data.image_size",
-        got=f"{image_size[0]}x{image_size[1]}",
-        hint="use a multiple of the backbone's patch size and total stride",
+        f"{spec.name} cannot be built for images of {height}x{width} ({error})",
+        where="model.backbone",
+        hint="check model.backbone.options, and that data.image_size is a multiple of patch size and stride",
     )
 
 

@@ -78,9 +78,20 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(("settings", "size"), [(VIT, (60, 64)), (SWIN, (66, 64))])
 def test_image_sizes_a_network_cannot_take(settings: dict[str, Any], size: tuple[int, int]) -> None:
     with pytest.raises(
-        ConfigError, match=r"data\.image_size: .*do not cover it.*use a multiple of the backbone's patch"
+        ConfigError,
+        match=r"data\.image_size: .*do not cover the image.*use a multiple of the backbone's patch",
     ):
         backbone_spec(settings).build(size)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"num_heads": 5}, "divisible by num_heads"), ({"mlp_ratio": -1}, "negative dim")],
+)
+def test_options_a_network_cannot_be_built_with(options: dict[str, Any], reason: str) -> None:
+    spec = backbone_spec(VIT, options={**VIT["options"], **options})
+    with pytest.raises(ConfigError, match=f"model.backbone: .*{reason}.*check model.backbone.options"):
+        spec.build(SIZE)
 
 
 @pytest.mark.parametrize("settings", [SWIN, MERGED_SWIN, VIT])
