@@ -474,7 +474,7 @@ def test_files_below(tmp_path: Path) -> None:
         ({"MODEL": {"DROP_RATE": 0.1}}, r"MODEL\.DROP_RATE: .*got 0\.1"),
         ({"MODEL": {"SWIN": {"APE": True}}}, r"MODEL\.SWIN\.APE: .*got True"),
         ({"MODEL": {"PER_TASK_DOWNSAMPLER": False}}, r"PER_TASK_DOWNSAMPLER: .*got False"),
-        ({"DATA": {"IMG_SIZE": 250}}, "cannot take this image size"),
+        ({"DATA": {"IMG_SIZE": 250}}, "4x4, which do not cover the image"),
         ({"tasks": ["semseg", "edge", "depths"]}, "no value for 'depths'"),
     ],
 )
