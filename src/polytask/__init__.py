@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from polytask.metrics.base import Metric
     from polytask.metrics.delta import delta_m
     from polytask.model import ModelSpec, MultiTaskModel
-    from polytask.necks.base import Neck, NeckSpec
+    from polytask.necks.base import Levels, Neck, NeckSpec
     from polytask.phases import Action, Objective, PhaseSpec
     from polytask.predict import predict_files, predict_image
     from polytask.recipe import Recipe, load_recipe
@@ -52,7 +52,7 @@ _HOMES = {
         "metrics.base": ("Metric",),
         "metrics.delta": ("delta_m",),
         "model": ("ModelSpec", "MultiTaskModel"),
-        "necks.base": ("Neck", "NeckSpec"),
+        "necks.base": ("Levels", "Neck", "NeckSpec"),
         "phases": ("Action", "Objective", "PhaseSpec"),
         "predict": ("predict_files", "predict_image"),
         "recipe": ("Recipe", "load_recipe"),
@@ -76,6 +76,7 @@ __all__ = [
     "CostReport",
     "DatasetSpec",
     "HeadSpec",
+    "Levels",
     "MTLoRA",
     "Metric",
     "ModelSpec",

@@ -21,7 +21,7 @@ from polytask.backbones.timm import Backbone, BackboneSpec
 from polytask.config import Slot, Spec
 from polytask.errors import ConfigError, PolytaskWarning, did_you_mean
 from polytask.heads import HeadSpec, HRNetHead, PooledHead
-from polytask.necks.base import Neck, NeckSpec
+from polytask.necks.base import Levels, Neck, NeckSpec
 from polytask.necks.fuse import FuseSpec
 from polytask.tasks.base import Task, TaskSet
 from polytask.types import Output, Partition, PerTask
@@ -80,7 +80,7 @@ class ModelSpec(Spec):
                 "set model.backbone.pretrained=true or model.backbone.weights=FILE for useful results",
                 PolytaskWarning, stacklevel=2,
             )  # fmt: skip
-        neck = self.neck.build(backbone.channels, backbone.strides, tuple(tasks), image_size)
+        neck = self.neck.build(Levels(backbone.channels, backbone.strides, image_size), tuple(tasks))
         built = PerTask(
             {name: head.build_on(neck.levels_of(name), tasks[name].channels) for name, head in heads.items()}
         )

@@ -12,7 +12,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from polytask.convert.mlore_shapes import OURS, PATCH, PUBLISHED, grid_of, infer, outputs_of
-from polytask.convert.official import Draft, Settings, State, System, check_tasks, matched, refuse_unlike
+from polytask.convert.official import (
+    Draft,
+    Settings,
+    State,
+    System,
+    check_tasks,
+    matched,
+    refuse_unlike,
+    renamed,
+)
 from polytask.errors import CheckpointError, ConfigError, PolytaskWarning
 from polytask.heads import UpsampledHead
 from polytask.model import MultiTaskModel
@@ -52,11 +61,7 @@ _RULES: tuple[tuple[str, str], ...] = (
 
 def official_name(name: str) -> str:
     """The official key of one of our state-dict keys, without the prefix of the wrapper."""
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
-    for ours, theirs in OURS.items():
-        name = re.sub(rf"\b{ours}\b", theirs, name)
-    return name
+    return renamed(name, _RULES, OURS)
 
 
 def convert_state(state: Mapping[str, Tensor], model: MultiTaskModel) -> dict[str, Tensor]:

@@ -19,7 +19,16 @@ from polytask.convert.mtlora_settings import (
     passed_over,
 )
 from polytask.convert.mtlora_shapes import infer, outputs_of
-from polytask.convert.official import Draft, Settings, State, System, check_tasks, matched, refuse_unlike
+from polytask.convert.official import (
+    Draft,
+    Settings,
+    State,
+    System,
+    check_tasks,
+    matched,
+    refuse_unlike,
+    renamed,
+)
 from polytask.errors import CheckpointError, PolytaskWarning
 from polytask.model import MultiTaskModel
 from polytask.necks.fuse import FuseSpec
@@ -53,12 +62,9 @@ def official_name(name: str, adapted: Collection[str] = ()) -> str:
         name: ours.
         adapted: roles of layers that are wrapped in the official code, where ours may be plain.
     """
-    for pattern, replacement in _RULES:
-        name = re.sub(pattern, replacement, name)
+    name = renamed(name, _RULES, _OURS)
     # timm merges patches at the start of a stage, the official code at the end of the one before
     name = re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
-    for ours, theirs in _OURS.items():
-        name = re.sub(rf"\b{ours}\b", theirs, name)
     plain = re.fullmatch(r"(backbone\.layers\..*\.(qkv|proj|fc1|fc2|reduction))\.(weight|bias)", name)
     return f"{plain[1]}.linear.{plain[3]}" if plain and plain[2] in adapted else name
 

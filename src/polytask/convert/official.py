@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -99,6 +100,15 @@ def check_tasks(theirs: Collection[str], mine: Collection[str]) -> None:
     if sorted(theirs) != sorted(mine):
         what = "the checkpoint has other tasks than the recipe"
         raise TaskMismatchError(what, got=", ".join(sorted(theirs)), expected=", ".join(sorted(mine)))
+
+
+def renamed(name: str, rules: Sequence[tuple[str, str]], tasks: Mapping[str, str]) -> str:
+    """An official key of one of our names: patterns replaced one after the other, then names of tasks."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    for ours, theirs in tasks.items():
+        name = re.sub(rf"\b{ours}\b", theirs, name)
+    return name
 
 
 def matched(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,14 @@ from polytask.config import Spec
 from polytask.types import Pyramids
 
 Size = tuple[int, int]
+
+
+class Levels(NamedTuple):
+    """What a backbone gives a neck: channels and stride of each level, fine to coarse, and of what image."""
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    image_size: Size
 
 
 class Neck(nn.Module):
@@ -55,7 +63,5 @@ class NeckSpec(Spec):
     """Whether its ``usage`` tells something."""
 
     @abstractmethod
-    def build(
-        self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str], image_size: Size
-    ) -> Neck:
-        """The neck for levels with these channels and strides, of images ``(H, W)``."""
+    def build(self, levels: Levels, tasks: Sequence[str]) -> Neck:
+        """The neck for such levels."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from polytask.config import register
 from polytask.errors import ConfigError
-from polytask.necks.base import Neck, NeckSpec, Size
+from polytask.necks.base import Levels, Neck, NeckSpec
 from polytask.types import Factored, Level, PerTask, Pyramids, materialize
 
 
@@ -26,20 +26,14 @@ class FuseSpec(NeckSpec):
         description="channels of each projected level; null concatenates raw levels",
     )
 
-    def build(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],  # noqa: ARG002
-        tasks: Sequence[str],
-        image_size: Size,  # noqa: ARG002
-    ) -> Neck:
+    def build(self, levels: Levels, tasks: Sequence[str]) -> Neck:
         """Raises ConfigError if the number of projections is not the number of levels."""
-        if self.channels is not None and len(self.channels) != len(channels):
+        if self.channels is not None and len(self.channels) != len(levels.channels):
             raise ConfigError(
                 "one projection per feature level", where="model.neck.channels",
-                got=list(self.channels), expected=f"{len(channels)} numbers",
+                got=list(self.channels), expected=f"{len(levels.channels)} numbers",
             )  # fmt: skip
-        return Fuse(channels, self.channels, tasks)
+        return Fuse(levels.channels, self.channels, tasks)
 
 
 class Projection(nn.ModuleList):

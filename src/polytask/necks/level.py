@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polytask.config import register
 from polytask.errors import ConfigError, did_you_mean
-from polytask.necks.base import Neck, NeckSpec, Size
+from polytask.necks.base import Levels, Neck, NeckSpec
 from polytask.types import Pyramids, materialize
 
 
@@ -22,24 +22,19 @@ class LevelSpec(NeckSpec):
     level: int = Field(default=0, description="0 is the finest, -1 the coarsest")
     levels: dict[str, int] | None = Field(default=None, description="other levels of single tasks")
 
-    def build(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],  # noqa: ARG002
-        tasks: Sequence[str],
-        image_size: Size,  # noqa: ARG002
-    ) -> Neck:
+    def build(self, levels: Levels, tasks: Sequence[str]) -> Neck:
         """Raises ConfigError for a level or a task that is not there."""
+        count = len(levels.channels)
         chosen = dict.fromkeys(tasks, self.level) | (self.levels or {})
         for task, level in chosen.items():
             where = f"model.neck.levels.{task}" if task in (self.levels or {}) else "model.neck.level"
             if task not in tasks:
                 hint = did_you_mean(task, tasks)
                 raise ConfigError(f"{task!r} is not a task of this run", where=where, hint=hint)
-            if not -len(channels) <= level < len(channels):
-                expected = f"{-len(channels)} to {len(channels) - 1}"
+            if not -count <= level < count:
+                expected = f"{-count} to {count - 1}"
                 raise ConfigError("no such level", where=where, got=level, expected=expected)
-        return Pick(channels, chosen)
+        return Pick(levels.channels, chosen)
 
 
 class Pick(Neck):

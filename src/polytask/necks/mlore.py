@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from polytask.adapters.base import Mergeable, fold_batch_norms
 from polytask.config import register
 from polytask.errors import ConfigError
-from polytask.necks.base import Neck, NeckSpec, Size
+from polytask.necks.base import Levels, Neck, NeckSpec, Size
 from polytask.necks.merged_experts import MergedModule
 from polytask.necks.routing import Gates, Router, mixed_convolution, to_grid
 from polytask.parallel import BatchNorm2d
@@ -62,10 +62,9 @@ class MLoRE(NeckSpec):
     PENALTIES: ClassVar[tuple[str, ...]] = ("expert_balance",)
     EXPERTS: ClassVar[bool] = True
 
-    def build(
-        self, channels: Sequence[int], strides: Sequence[int], tasks: Sequence[str], image_size: Size
-    ) -> ExpertNeck:
+    def build(self, levels: Levels, tasks: Sequence[str]) -> ExpertNeck:
         """Raises ConfigError for other than four levels, or more chosen experts than there are."""
+        channels, strides, image_size = levels
         if len(channels) != 4:
             what, hint = "the neck takes four levels", "set model.backbone.out_indices"
             raise ConfigError(what, where="model.neck", got=len(channels), hint=hint)

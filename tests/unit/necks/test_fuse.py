@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from polytask.errors import ConfigError
+from polytask.necks.base import Levels
 from polytask.necks.fuse import Fuse, FuseSpec
 from polytask.types import Factored, Pyramids, materialize, partition
 
-CHANNELS, STRIDES, TASKS = (4, 6, 8), (4, 8, 16), ("a", "b")
+CHANNELS, TASKS = (4, 6, 8), ("a", "b")
 
 
 def pyramid(seed: int = 0) -> list[torch.Tensor]:
@@ -22,7 +23,7 @@ def pyramid(seed: int = 0) -> list[torch.Tensor]:
 
 def neck(channels: tuple[int, ...] | None = (2, 3, 5)) -> Fuse:
     torch.manual_seed(0)
-    built = FuseSpec(channels=channels).build(CHANNELS, STRIDES, TASKS, (64, 96))
+    built = FuseSpec(channels=channels).build(Levels(CHANNELS, (4, 8, 16), (64, 96)), TASKS)
     assert isinstance(built, Fuse)
     return built
 
@@ -72,7 +73,8 @@ def test_projections_belong_to_their_tasks() -> None:
 
 
 def test_starts_as_a_convolution_would() -> None:
-    weight = FuseSpec(channels=(64,)).build((100,), (4,), ("a",), (64, 64)).projections["a"][0].weight  # type: ignore[index]
+    built = FuseSpec(channels=(64,)).build(Levels((100,), (4,), (64, 64)), ("a",))
+    weight = built.projections["a"][0].weight  # type: ignore[index]
     assert 0.95 / 10 < float(weight.abs().max().detach()) <= 1 / 10
 
 

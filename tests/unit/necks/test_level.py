@@ -9,18 +9,20 @@ import torch
 
 from polytask.config import decode, encode
 from polytask.errors import ConfigError
+from polytask.necks.base import Levels
 from polytask.necks.level import LevelSpec
 from polytask.tasks import TaskSet
 from polytask.types import Pyramids
 from tests.helpers import SCENE, TASKS, build, image, model_spec
 
-CHANNELS, STRIDES = (4, 8, 16), (1, 4, 8)
+CHANNELS = (4, 8, 16)
+LEVELS = Levels(CHANNELS, (1, 4, 8), (64, 96))
 
 
 def test_every_task_gets_its_level_untouched() -> None:
     spec = LevelSpec(level=1, levels={"b": -1})
     assert decode(LevelSpec, encode(spec)) == spec
-    neck = spec.build(CHANNELS, STRIDES, ("a", "b", "c"), (64, 96))
+    neck = spec.build(LEVELS, ("a", "b", "c"))
     assert [neck.channels_of(task) for task in ("a", "b", "c")] == [8, 16, 8]
     shared, own = ([torch.randn(1, c, 2, 2) for c in CHANNELS] for _ in range(2))
     maps = neck(Pyramids(list(shared), {"c": list(own)}), ("a", "b", "c"))
@@ -38,7 +40,7 @@ def test_every_task_gets_its_level_untouched() -> None:
 )
 def test_misfits(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LevelSpec(**settings).build(CHANNELS, STRIDES, ("a", "b"), (64, 96))
+        LevelSpec(**settings).build(LEVELS, ("a", "b"))
 
 
 @pytest.mark.parametrize("name", ["unet", "segnet"])
