@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from polytask.config import decode
 from polytask.engine.launch import train
+from polytask.engine.phase import PhaseRun
 from polytask.errors import PolytaskWarning
 from polytask.files import dump_yaml, load_yaml, override
 from polytask.progress import set_quiet
@@ -104,6 +106,21 @@ def train_quietly(recipe: Recipe, folder: Path, *, resume: bool = False) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PolytaskWarning)
         return train(recipe, folder, resume=resume)
+
+
+@contextmanager
+def killed_before(step: int) -> Iterator[None]:
+    """Training in here is interrupted after so many steps."""
+    steps = PhaseRun._step
+
+    def killed(self: PhaseRun, batch: Any) -> None:
+        if self.position.global_step == step:
+            raise KeyboardInterrupt
+        steps(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PhaseRun, "_step", killed)
+        yield
 
 
 @pytest.fixture(scope="session")

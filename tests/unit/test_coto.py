@@ -19,7 +19,7 @@ from polytask.phases import CoTo, shared_branches
 from polytask.recipe import Recipe
 from polytask.runs import Run
 from polytask.types import materialize
-from tests.conftest import train_quietly
+from tests.conftest import killed_before, train_quietly
 from tests.helpers import MERGED_SWIN, build, gap, image, model_spec, shake
 from tests.unit.adapters.test_lowrank import layer
 
@@ -165,21 +165,11 @@ def test_what_is_off_does_not_move(
     assert any(any(differ) for _, differ in moved[1:])
 
 
-def test_resumed_run_draws_the_same(
-    small: Make, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, steps = small(*COTO), PhaseRun._step
+def test_resumed_run_draws_the_same(small: Make, rooms: Path, tmp_path: Path) -> None:
+    recipe = small(*COTO)
     train_quietly(recipe, tmp_path / "whole")
-
-    def killed(self: PhaseRun, batch: Any) -> None:
-        if self.position.global_step == 2:
-            raise KeyboardInterrupt
-        steps(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PhaseRun, "_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_quietly(recipe, tmp_path / "run")
+    with killed_before(2):
+        train_quietly(recipe, tmp_path / "run")
     train_quietly(recipe, tmp_path / "run", resume=True)
     one, other = (Run(tmp_path / name).model().state_dict() for name in ("whole", "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -16,7 +16,6 @@ from polytask.adapters.base import Branch
 from polytask.balancers.scalar import FixedSpec
 from polytask.config import decode, registered
 from polytask.engine import checkpoint, launch
-from polytask.engine.phase import PhaseRun
 from polytask.engine.step import StepSetup, _twice_differentiable, train_step
 from polytask.errors import ConfigError, NonFiniteLossError
 from polytask.meta import FOMAML, Learner, Meta, MetaSGD, Reptile
@@ -25,7 +24,7 @@ from polytask.phases import Objective, PhaseSpec
 from polytask.recipe import Recipe
 from polytask.runs import Run
 from polytask.types import PerTask, Sample
-from tests.conftest import train_quietly
+from tests.conftest import killed_before, train_quietly
 from tests.helpers import TASKS, build, model_spec, shake
 from tests.unit.engine.test_step import batch
 
@@ -419,19 +418,11 @@ PHASES = (
 def test_resumed_run_ends_the_same(
     small: Callable[..., Recipe], rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    recipe, steps = small(*PHASES), PhaseRun._step
+    recipe = small(*PHASES)
     monkeypatch.setattr(launch, "_measure", lambda _: _NoCost())
     train_quietly(recipe, tmp_path / "whole")
-
-    def killed(self: PhaseRun, given: Any) -> None:
-        if self.position.global_step == killed_at:
-            raise KeyboardInterrupt
-        steps(self, given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PhaseRun, "_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_quietly(recipe, tmp_path / "run")
+    with killed_before(killed_at):
+        train_quietly(recipe, tmp_path / "run")
     sizes = checkpoint.read(tmp_path / "run").state["meta"]
     assert bool(sizes) == (2 < killed_at < 7)
     assert not sizes or any((size != 0.01).any() for size in sizes.values())
